@@ -1,0 +1,1 @@
+"""What a finished decomposition says: here, how it compares with the planted circuits of a toy."""

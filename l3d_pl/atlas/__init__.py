@@ -1,0 +1,1 @@
+"""The pages and pictures that show a decomposition: static files, no server, no network."""

@@ -1,0 +1,160 @@
+"""One call from a batch to every sample's gradient: forward, references, one backward, rules; the oracle for the rest."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l3d_pl.divergence import DivergenceLike, make_divergence, make_references
+from l3d_pl.errors import L3DError, require_choice
+from l3d_pl.gradients.capture import Capture
+from l3d_pl.gradients.forward import batch_size, call_model, inputs_of, slice_inputs
+from l3d_pl.gradients.functional import loop_gradients, oracle_gradients
+from l3d_pl.gradients.sample_gradient import DenseGradient, SampleGradient
+from l3d_pl.targets.frozen import select_parameters
+
+SAMPLES = ("item",)
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Per-sample gradients of a batch, with what they were taken of.
+
+    Attributes:
+        gradients: {parameter name: gradients of N samples}.
+        outputs: the frozen model's outputs [N, ...], detached.
+        references: the reference outputs [N, ...].
+    """
+
+    gradients: dict[str, SampleGradient]
+    outputs: Tensor
+    references: Tensor
+
+
+class GradientExtractor:
+    """g_i = grad_W D(f(x_i, W), y_r) at W0 for every sample of a batch, with respect to chosen parameters of a frozen model.
+
+    Args:
+        model: the target model, in eval mode; its parameters are never changed and never need a gradient.
+        parameters: {name: tensor} of the chosen ones, the model's own tensors (see `select_parameters`).
+        divergence: `mse`, `kl`, a `Divergence`, or any callable (output, reference) -> [N].
+        reference: where y_r comes from: `random`, `mean`, `uniform`, `contrastive`.
+        sample: what a sample is; `item`: an entry of the batch's first dimension.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, Tensor],
+        divergence: DivergenceLike = "mse",
+        reference: str = "random",
+        sample: str = "item",
+    ):
+        require_choice("sample", sample, SAMPLES)
+        self.model, self.parameters = model, dict(parameters)
+        self.divergence, self.reference = make_divergence(divergence), reference
+        self.oracle_parameters: dict[str, str] = {}  # name -> the operation that has no rule
+        self._copy_operands = False
+
+    @torch.no_grad()
+    def outputs(self, batch: Any) -> Tensor:
+        """The frozen model's outputs [N, ...] alone."""
+        return call_model(self.model, inputs_of(batch))
+
+    def __call__(self, batch: Any, generator: torch.Generator | None = None, references: Tensor | None = None) -> Extraction:
+        """Gradients of all samples in `batch`.
+
+        Args:
+            batch: a tensor, a tuple (inputs, ...), or a mapping (see `inputs_of`).
+            generator: random state for the references (CPU).
+            references: y_r of every sample, [N, ...], instead of drawing them.
+        """
+        inputs = inputs_of(batch)
+        captured = {name: tensor for name, tensor in self.parameters.items() if name not in self.oracle_parameters}
+        capture = Capture(self.model, captured, batch_size(inputs), self._copy_operands)
+        with torch.inference_mode(False), torch.enable_grad():
+            with capture:
+                output = call_model(self.model, inputs)
+            if capture.operands_changed() and not self._copy_operands:
+                self._copy_operands = True  # this model changes activations in place after their use: keep copies
+                return self(batch, generator, references)
+            outputs = output.detach()
+            if references is None:
+                references = make_references(self.reference, outputs, self.divergence, generator, self._contrast(batch))
+            gradients: dict[str, SampleGradient] = {}
+            if capture.edges:
+                gradients = capture.gradients(output, self.divergence.gradient(outputs, references))
+        missing = {name: capture.uncaptured.get(name, "never used directly") for name in captured if name not in gradients}
+        if missing:
+            self._send_to_oracle(missing)
+        if self.oracle_parameters:
+            chosen = {name: self.parameters[name] for name in self.oracle_parameters}
+            dense = oracle_gradients(self.model, chosen, batch, references, self.divergence)
+            gradients |= {name: DenseGradient(value.detach()) for name, value in dense.items()}
+        return Extraction({name: gradients[name] for name in self.parameters}, outputs, references)
+
+    def _contrast(self, batch: Any) -> Tensor | None:
+        if self.reference != "contrastive" or not isinstance(batch, Mapping) or "contrast" not in batch:
+            return None
+        return self.outputs(batch["contrast"])
+
+    def _send_to_oracle(self, missing: dict[str, str]) -> None:
+        self.oracle_parameters |= missing
+        listed = ", ".join(f"{name} ({operation})" for name, operation in missing.items())
+        warnings.warn(f"no gradient rule covers these parameters, the slow per-sample oracle does: {listed}", stacklevel=4)
+
+    def check(self, batch: Any, extraction: Extraction, index: int = 0, tolerance: float = 1e-3) -> None:
+        """Compare sample `index` with plain autograd of that sample alone, and tell if they are not the same.
+
+        What it catches: models that mix samples of a batch, or keep them in another dimension than the first.
+
+        Raises:
+            L3DError: a parameter whose captured gradient differs, by name.
+        """
+        inputs = slice_inputs(inputs_of(batch), slice(index, index + 1))
+        references = extraction.references[index : index + 1]
+        alone = loop_gradients(self.model, self.parameters, inputs_of(inputs), references, self.divergence)
+        scale = sum(float(value.double().square().sum()) for value in alone.values()) ** 0.5
+        for name, expected in alone.items():
+            found = extraction.gradients[name].select(torch.tensor([index])).dense()
+            error = float((found - expected).double().norm())
+            if error > tolerance * max(scale, 1e-12):
+                raise L3DError(
+                    f"parameter '{name}': its gradient for sample {index} of a batch differs from that of the sample alone by "
+                    f"{error / max(scale, 1e-12):.1e} of the norm; the target model must keep samples apart, in the first dimension"
+                )
+
+
+def per_sample_gradients(
+    model: nn.Module,
+    inputs: Any,
+    divergence: DivergenceLike = "mse",
+    reference: str | Tensor = "random",
+    parameters: str | Sequence[str] = ("*",),
+    sample: str = "item",
+    generator: torch.Generator | None = None,
+) -> dict[str, SampleGradient]:
+    """g_i = grad_W D(f(x_i, W), y_r) at W0 for every sample in `inputs` and every chosen parameter (paper, section 3).
+
+    Args:
+        model: the target model; put it in eval mode first (batch norm in train mode mixes samples).
+        inputs: a batch: a tensor [N, ...], a tuple whose first entry is the input, or a mapping.
+        divergence: `mse`, `kl` (on logits), or a callable (output, reference) -> [N].
+        reference: `random`, `mean`, `uniform`, `contrastive`, or the reference outputs themselves, [N, ...].
+        parameters: globs, or regular expressions after `re:`, over the model's parameter names.
+        sample: `item`, an entry of the batch's first dimension.
+        generator: random state for random and uniform references.
+
+    Returns:
+        {name: `SampleGradient`}; `.dense()` is [N, *parameter.shape].
+
+    Raises:
+        L3DError: a pattern that matches nothing, a batch of 1 with random references, an unknown name.
+    """
+    given = reference if isinstance(reference, Tensor) else None
+    name = "random" if given is not None else str(reference)
+    extractor = GradientExtractor(model, select_parameters(model, parameters), divergence, name, sample)
+    return extractor(inputs, generator, given).gradients

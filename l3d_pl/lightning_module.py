@@ -1,0 +1,488 @@
+"""`L3D`: the training loop of a decomposition, as a LightningModule. Start reading at `training_step`."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from l3d_pl.auxiliary import auxiliary_loss
+from l3d_pl.batch_topk import RunningThreshold, batch_topk, check_k
+from l3d_pl.decomposition import Decomposition
+from l3d_pl.divergence import REFERENCES, Divergence
+from l3d_pl.errors import L3DError, require_choice
+from l3d_pl.gradients import Extraction, GradientExtractor, concatenate
+from l3d_pl.gradients.forward import batch_size, inputs_of, tensors_of
+from l3d_pl.initialisation import start_from_gradients
+from l3d_pl.metrics import Activity, Reconstruction
+from l3d_pl.repair import Anchor, candidates, replace, state_of, swap
+from l3d_pl.step import Step, decompose
+from l3d_pl.subnetworks import Prepared, Subnetworks
+from l3d_pl.targets.frozen import fingerprint, freeze, select_parameters
+
+Ranks = int | float | list[int | float] | dict[str, int | float | list[int | float]]
+
+# What each recipe sets where the user sets nothing.
+RECIPES: dict[str, dict[str, Any]] = {
+    # As published: a random start, step-wise learning rate, k from the first step.
+    "paper": {"init": "random", "k_start": 1.0, "lr_schedule": "step", "swap_every": 0},
+    # Start from the gradients, anneal k, and swap subnetworks where that lowers the loss.
+    "l3d_pl": {"init": "gradients", "k_start": 0.5, "lr_schedule": "cosine", "swap_every": 25},
+}
+
+
+class L3D(L.LightningModule):
+    """Local loss landscape decomposition of a frozen target model (Chrisman, Bushnaq, Sharkey, arXiv 2504.00194).
+
+    The target model is no submodule: checkpoints hold V_in, V_out and the optimizer, and the target's fingerprint.
+
+    Args:
+        target: the trained model to decompose, any nn.Module.
+        parameters: which of its tensors, as globs (or regular expressions after `re:`).
+        n_subnetworks: n_v.
+        k: fraction of the batch's coefficients that batch top-k keeps.
+        ranks: Tucker rank: an int, a fraction of each dimension, a list with one per mode, or {pattern: one of these}.
+        divergence: `mse`, `kl`, or an instance of `l3d_pl.divergence.Divergence`.
+        reference: `random`, `mean`, `uniform`, `contrastive`.
+        sample: what a sample is: `item`.
+        recipe: `l3d_pl` or `paper`; sets `init`, `k_start`, `lr_schedule`, `swap_every` where they are not given.
+        init: `gradients` (K-lines over `init_samples` sample gradients) or `random`.
+        k_start: k grows geometrically from this share of k over the first half of training; 1: k throughout.
+        lr_schedule: `cosine` (2 % warm-up), `step` (x `lr_gamma` every `lr_step_epochs`), `constant`.
+        swap_every: loss-tested swaps every so many steps until 75 % of training; 0: none.
+        lr, weight_decay, betas: of AdamW.
+        dense_epochs: epochs at the start without sparsity (k = 1).
+        restarts: decompositions trained side by side on the same gradients; the lowest held-out loss is kept.
+        init_samples: sample gradients that the start, and each swap, looks at.
+        dead_after: samples without taking part after which a subnetwork counts as dead.
+        aux_coefficient: weight of the auxiliary loss for dead subnetworks (Gao et al.: 1/32); 0: none.
+        revive_every: every so many steps replace dead subnetworks by badly reconstructed gradients; 0: never.
+        bad_samples: `error` on samples with a non-finite gradient, or `skip` and count them.
+        seed: of the start and the references; default: that of `seed_everything`, or 0.
+        target_weights, target_config: where the target's weights lie, and the config that trains them if they are not there
+            (used by the command line; `target` comes ready).
+
+    Raises:
+        L3DError: a setting outside its range, with what is allowed.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        parameters: str | list[str] = "*",
+        n_subnetworks: int = 100,
+        k: float = 0.1,
+        ranks: Ranks = 1,
+        divergence: Literal["mse", "kl"] | Divergence = "mse",
+        reference: str = "random",
+        sample: str = "item",
+        recipe: str = "l3d_pl",
+        init: str | None = None,
+        k_start: float | None = None,
+        lr_schedule: str | None = None,
+        swap_every: int | None = None,
+        lr: float = 0.01,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        lr_gamma: float = 0.8,
+        lr_step_epochs: int = 100,
+        dense_epochs: int = 0,
+        restarts: int = 1,
+        init_samples: int = 1000,
+        dead_after: int = 10_000,
+        aux_coefficient: float = 0.0,
+        revive_every: int = 0,
+        bad_samples: str = "error",
+        seed: int | None = None,
+        target_weights: str | None = None,
+        target_config: str | None = None,
+    ):
+        super().__init__()
+        require_choice("recipe", recipe, RECIPES)
+        defaults = RECIPES[recipe]
+        self.init = defaults["init"] if init is None else init
+        self.k_start = defaults["k_start"] if k_start is None else k_start
+        self.lr_schedule = defaults["lr_schedule"] if lr_schedule is None else lr_schedule
+        self.swap_every = defaults["swap_every"] if swap_every is None else swap_every
+        require_choice("init", self.init, ("gradients", "random"))
+        require_choice("lr_schedule", self.lr_schedule, ("cosine", "step", "constant"))
+        require_choice("reference", reference, REFERENCES)
+        require_choice("bad_samples", bad_samples, ("error", "skip"))
+        self.k, self.k_start = check_k(k), check_k(self.k_start, "k_start")
+        self.recipe, self.bad_samples = recipe, bad_samples
+        self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
+        self.lr_gamma, self.lr_step_epochs, self.dense_epochs = lr_gamma, lr_step_epochs, dense_epochs
+        self.init_samples, self.dead_after = init_samples, dead_after
+        self.aux_coefficient, self.revive_every = aux_coefficient, revive_every
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+
+        target = freeze(target)
+        chosen = select_parameters(target, parameters)
+        object.__setattr__(self, "target", target)  # past nn.Module's registry: W0 is in no checkpoint and no optimizer
+        self.extractor = GradientExtractor(target, chosen, divergence, reference, sample)
+        self.subnetworks = Subnetworks(
+            {name: tensor.shape for name, tensor in chosen.items()}, n_subnetworks, ranks, restarts, self._generator("start")
+        )
+        self.threshold = RunningThreshold(restarts)
+        self.train_activity, self.val_activity = Activity(restarts, n_subnetworks), Activity(restarts, n_subnetworks)
+        self.val_loss, self.val_threshold_loss = Reconstruction(restarts), Reconstruction(restarts)
+        self.register_buffer("silent_samples", torch.zeros(restarts, n_subnetworks, dtype=torch.long))
+        self.register_buffer("held_out_loss", torch.full((restarts,), math.nan))
+        self.register_buffer("p_act", torch.zeros(restarts, n_subnetworks))
+        self.register_buffer("skipped_samples", torch.zeros((), dtype=torch.long))
+        self.mean_reference: Tensor | None = None  # mean output of the held-out data
+        self._held_out_outputs: list[tuple[Tensor, int]] = []  # their sum and number, batch by batch
+        self._random: dict[str, torch.Generator] = {}
+        self._anchors: list[Anchor] = []
+        self._total_steps = 0
+        self._clock = (0, 0.0)
+
+    # -- the step ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """One step of the method (paper, "Training"): gradients of the frozen model, c = V_in g, batch top-k, loss."""
+        extraction = self.extractor(batch, self._random["references"])
+        prepared = self._prepare(extraction, batch, batch_idx)
+        if prepared is None:
+            return None
+        step = decompose(self.subnetworks, prepared, self.current_k())
+        loss = step.loss.sum()  # restarts share no parameters: the gradient of the sum is that of each
+        self._count(step)
+        if self.aux_coefficient:
+            auxiliary = auxiliary_loss(self.subnetworks, prepared, step, self.dead(), min(1.0, 2 * self.k))
+            if auxiliary is not None:
+                loss = loss + self.aux_coefficient * auxiliary
+        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._log_step(step, prepared)
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimizer's step, then unit norms, then repairs."""
+        super().optimizer_step(*args, **kwargs)
+        step = self.trainer.global_step
+        if self.swap_every and step % self.swap_every == 0 and self.sparse and step <= 0.75 * self._total_steps:
+            self._swap()
+        if self.revive_every and step % self.revive_every == 0:
+            self._revive()
+        self.subnetworks.normalise_()
+
+    def current_k(self) -> float:
+        """k of this step: 1 in the dense epochs, then from k_start * k up to k over the first half of training."""
+        if not self.sparse:
+            return 1.0
+        if self.k_start == 1.0:
+            return self.k
+        return self.k * self.k_start ** (1 - min(1.0, 2 * self.trainer.global_step / max(1, self._total_steps)))
+
+    @property
+    def sparse(self) -> bool:
+        return self.current_epoch >= self.dense_epochs
+
+    def dead(self) -> Tensor:
+        """Subnetworks that took part in none of the last `dead_after` samples, [R, n_v]."""
+        return self.silent_samples >= self.dead_after
+
+    def _prepare(self, extraction: Extraction, batch: Any, batch_idx: int) -> Prepared | None:
+        """The gradients laid out; an error, or without the samples in question, where some are not finite."""
+        prepared = self.subnetworks.prepare(extraction.gradients)
+        if math.isfinite(float(prepared.energy)):
+            return prepared
+        finite = torch.isfinite(prepared.sample_energies())
+        if self.bad_samples == "error":
+            name = next(name for name, g in extraction.gradients.items() if not torch.isfinite(g.squared_norms()).all())
+            inputs = tensors_of(inputs_of(batch))
+            source = "the data" if any(t.is_floating_point() and not torch.isfinite(t).all() for t in inputs) else "the gradient"
+            raise L3DError(
+                f"batch {batch_idx}: found NaN or infinity in {source}; first in the gradient of parameter '{name}', "
+                f"{int((~finite).sum())} of {len(finite)} samples (bad_samples: skip leaves such samples out and counts them)"
+            )
+        self.skipped_samples += (~finite).sum()
+        index = finite.nonzero().squeeze(1)
+        if len(index) == 0:
+            return None
+        return self.subnetworks.prepare({name: g.select(index) for name, g in extraction.gradients.items()})
+
+    @torch.no_grad()
+    def _count(self, step: Step) -> None:
+        active, samples = step.mask.sum(0), step.mask.shape[0]
+        self.train_activity.update(active, samples)
+        self.silent_samples += samples
+        self.silent_samples *= active == 0
+        if self.sparse:
+            self.threshold.update(step.threshold)
+
+    # -- starting, repairing ----------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        self.target.to(self.device)
+        self._random = {name: self._generator(name) for name in ("references", "repair")} | self._random
+
+    def on_fit_start(self) -> None:
+        self.target.to(self.device)
+
+    def on_train_start(self) -> None:
+        self._total_steps = self._estimate_steps()
+        if self.init == "gradients" or self.swap_every or self.revive_every:
+            self._anchors = self._collect_anchors()
+        if self.trainer.global_step == 0 and self.init == "gradients":
+            for restart, anchor in enumerate(self._anchors):
+                start_from_gradients(self.subnetworks, restart, anchor.prepared, self._generator("k-lines", restart))
+        self._clock = (self.trainer.global_step, time.perf_counter())
+
+    def _estimate_steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps) or steps <= 0:
+            if self.k_start != 1.0 or self.lr_schedule == "cosine" or self.swap_every:
+                raise L3DError("trainer: found neither max_steps nor max_epochs of a sized loader; the schedules need one of them")
+            return 0
+        return int(steps)
+
+    def _collect_anchors(self) -> list[Anchor]:
+        """Gradients of the first training samples, `init_samples` for each restart; the same after a resume."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        loader = datamodule.train_dataloader() if datamodule is not None else self.trainer.train_dataloader
+        random, parts, seen = self._generator("anchor references"), [], 0
+        wanted = self.init_samples * self.subnetworks.restarts
+        for batch_idx, batch in enumerate(loader):  # type: ignore[arg-type]
+            batch = self.trainer.strategy.batch_to_device(batch)
+            extraction = self.extractor(batch, random)
+            if not parts:
+                self.extractor.check(batch, extraction)
+            if self._prepare(extraction, batch, batch_idx) is not None:
+                parts.append(extraction.gradients)
+            seen += batch_size(inputs_of(batch))
+            if seen >= wanted:
+                break
+        if seen == 0:
+            raise L3DError("data: the training set is empty")
+        joined = {name: concatenate([part[name] for part in parts]) for name in parts[0]}
+        everything = self.subnetworks.prepare(joined)
+        good = torch.isfinite(everything.sample_energies()).nonzero().squeeze(1)
+        if len(good) < self.subnetworks.n_subnetworks and self.init == "gradients":
+            raise L3DError(
+                f"init: 'gradients' needs at least n_subnetworks = {self.subnetworks.n_subnetworks} samples, "
+                f"found {len(good)} training samples; allowed then is 'random'"
+            )
+        anchors = []
+        for r in range(self.subnetworks.restarts):
+            # Restarts share samples only where the data set is too small for a set of their own each.
+            take = (torch.arange(min(self.init_samples, len(good))) + r * self.init_samples) % len(good)
+            index = good[take.to(good.device)]
+            prepared = self.subnetworks.prepare({name: g.select(index) for name, g in joined.items()})
+            anchors.append(Anchor(prepared, prepared.gram()))
+        return anchors
+
+    def _swap(self) -> None:
+        for restart, anchor in enumerate(self._anchors):
+            index = swap(self.subnetworks, restart, anchor, self.current_k(), self._random["repair"])
+            if index is not None:
+                self._forget(index)
+
+    @torch.no_grad()
+    def _revive(self) -> None:
+        dead = self.dead()
+        for restart, anchor in enumerate(self._anchors):
+            slots = dead[restart].nonzero().squeeze(1).tolist()
+            if not slots:
+                continue
+            state = state_of(self.subnetworks, restart, anchor, self.current_k())
+            new = candidates(self.subnetworks, restart, anchor, state, len(slots), self.current_k(), self._random["repair"])
+            for which, slot in enumerate(slots):
+                self._forget(replace(self.subnetworks, restart, slot, new, which))
+
+    def _forget(self, index: int) -> None:
+        """A new subnetwork starts with no optimizer state and no record of silence."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        for parameter in self.subnetworks.parameters():
+            for value in optimizer.state.get(parameter, {}).values():  # type: ignore[union-attr]
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value[index] = 0
+        self.silent_samples.view(-1)[index] = 0
+
+    # -- optimizer --------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            self.subnetworks.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True
+        )
+        if self.lr_schedule == "constant":
+            return optimizer
+        if self.lr_schedule == "step":
+            epochs = torch.optim.lr_scheduler.StepLR(optimizer, self.lr_step_epochs, self.lr_gamma)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": epochs, "interval": "epoch"}}
+        steps = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(self._estimate_steps()))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": steps, "interval": "step"}}
+
+    # -- validation -------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._random["validation"] = self._generator("validation")  # the same references every time
+        if self.trainer.testing:
+            self.target.to(self.device)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        extraction = self.extractor(batch, self._random["validation"])
+        prepared = self._prepare(extraction, batch, batch_idx)
+        if prepared is None:
+            return
+        with torch.no_grad():
+            c = self.subnetworks.coefficients(prepared)
+            mask, _ = batch_topk(c, self.k)
+            self.val_loss.update(self.subnetworks.reconstruct(prepared, c * mask).loss, prepared.energy)
+            alone = self.threshold(c)
+            self.val_threshold_loss.update(self.subnetworks.reconstruct(prepared, c * alone).loss, prepared.energy)
+            self.val_activity.update(alone.sum(0), prepared.n_samples)
+            self._held_out_outputs.append((self.extractor.divergence.to_mean(extraction.outputs).sum(0), prepared.n_samples))
+
+    def on_validation_epoch_end(self) -> None:
+        self._end_evaluation("val")
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._end_evaluation("test")
+
+    def _end_evaluation(self, stage: str) -> None:
+        restarts = self.subnetworks.restarts  # (torchmetrics drops dimensions of size one)
+        loss, alone = self.val_loss.compute().view(restarts), self.val_threshold_loss.compute().view(restarts)
+        activity = {name: value.view(restarts, -1) for name, value in self.val_activity.compute().items()}
+        best = int(loss.argmin())
+        sums, counts = zip(*self._held_out_outputs, strict=True)
+        self.mean_reference = self.extractor.divergence.from_mean(torch.stack(sums).sum(0) / sum(counts))
+        self._held_out_outputs.clear()
+        self.held_out_loss.copy_(loss)
+        self.p_act.copy_(activity["p_act"])
+        self.log_dict(
+            {
+                f"{stage}/loss": loss[best],
+                f"{stage}/norm_ratio": loss[best].sqrt(),
+                f"{stage}/loss_at_threshold": alone[best],
+                f"{stage}/l0_at_threshold": activity["l0"][best, 0],
+                f"{stage}/dead_fraction": activity["dead_fraction"][best, 0],
+            }
+        )
+        if self.subnetworks.restarts > 1:
+            self.log_dict({f"{stage}/loss/restart_{r}": value for r, value in enumerate(loss)})
+        self._log_p_act(stage, activity["p_act"][best])
+        for metric in (self.val_loss, self.val_threshold_loss, self.val_activity):
+            metric.reset()
+
+    # -- logging ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _log_step(self, step: Step, prepared: Prepared) -> None:
+        best = int(step.loss.argmin())
+        now, then = (self.trainer.global_step, time.perf_counter()), self._clock
+        self._clock = now
+        values: dict[str, Any] = {
+            "train/loss": step.loss[best],
+            "train/norm_ratio": step.loss[best].clamp_min(0).sqrt(),
+            "train/l0": step.mask[:, best].sum(1).float().mean(),
+            "train/k": self.current_k(),
+            "train/threshold": self.threshold.value[best],
+            "train/dead_fraction": self.dead()[best].float().mean(),
+            "train/skipped_samples": self.skipped_samples.float(),
+            "lr": self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"],  # type: ignore[union-attr]
+        }
+        if now[0] > then[0]:
+            samples = step.mask.shape[0] * self.trainer.world_size
+            values["train/samples_per_second"] = (now[0] - then[0]) * samples / (now[1] - then[1])
+        per_parameter = self.subnetworks.loss_per_parameter(prepared, step.codes)
+        values |= {f"train/loss/{name}": loss[best] for name, loss in per_parameter.items()}
+        self.log_dict(values)
+        self.log("loss", step.loss[best], prog_bar=True, logger=False)
+
+    def on_train_epoch_end(self) -> None:
+        if self.trainer.loggers and self.trainer.log_every_n_steps and self.train_activity.update_count:  # type: ignore[attr-defined]
+            period = max(1, self.trainer.check_val_every_n_epoch or 1)
+            if (self.current_epoch + 1) % period == 0:
+                self._log_p_act("train", self.train_activity.compute()["p_act"].view(self.subnetworks.restarts, -1)[self.best_restart])
+                self.train_activity.reset()
+
+    def _log_p_act(self, stage: str, p_act: Tensor) -> None:
+        """P_act of every subnetwork, one value each, and as a histogram where the logger draws them."""
+        if self.trainer.sanity_checking:
+            return
+        for logger in self.trainer.loggers:
+            logger.log_metrics({f"{stage}/p_act/{k}": value for k, value in enumerate(p_act.tolist())}, self.trainer.global_step)
+            if hasattr(getattr(logger, "experiment", None), "add_histogram"):
+                logger.experiment.add_histogram(f"{stage}/p_act", p_act, self.trainer.global_step)
+
+    # -- results and state ------------------------------------------------------------------------------------------
+
+    @property
+    def best_restart(self) -> int:
+        """The restart with the lowest held-out loss (the first, before any validation)."""
+        return 0 if bool(self.held_out_loss.isnan().any()) else int(self.held_out_loss.argmin())
+
+    def decomposition(self, restart: int | None = None, figures: Mapping[str, Any] | None = None) -> Decomposition:
+        """What this run has found: `restart`, by default the one with the lowest held-out loss."""
+        best = self.best_restart if restart is None else restart
+        return Decomposition(
+            self.subnetworks.extract_restart(best),
+            target=self.target,
+            divergence=self.extractor.divergence,
+            reference=self.extractor.reference,
+            k=self.k,
+            threshold=float(self.threshold.value[best]),
+            p_act=self.p_act[best].clone(),
+            mean_reference=self.mean_reference,
+            figures={"val/loss": float(self.held_out_loss[best])} | dict(figures or {}),
+            seed=self.seed,
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["l3d"] = {
+            "target_fingerprint": fingerprint(self.target),
+            "random": {name: generator.get_state() for name, generator in self._random.items()},
+            "mean_reference": self.mean_reference,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get("l3d")
+        if state is None:
+            raise L3DError("checkpoint: it was not written by L3D (no entry 'l3d')")
+        mine = fingerprint(self.target)
+        if state["target_fingerprint"] != mine:
+            raise L3DError(
+                f"checkpoint: it is of another target model, fingerprint {state['target_fingerprint'][:12]}; this target's is {mine[:12]}"
+            )
+        self.mean_reference = state["mean_reference"]
+        self._random = {}
+        for name, value in state["random"].items():
+            self._random[name] = torch.Generator()
+            self._random[name].set_state(value)
+
+    def _generator(self, stream: str, *key: int) -> torch.Generator:
+        """Random state of its own for each purpose, a function of the seed (and the rank, where ranks must differ)."""
+        words = [self.seed, *stream.encode(), *key]
+        if stream == "references":
+            words.append(self.global_rank if self._fabric is not None or self._trainer is not None else 0)
+        value = 0
+        for word in words:
+            value = (value * 1_000_003 + word + 1) % (2**63 - 25)
+        return torch.Generator().manual_seed(value)
+
+
+def cosine_with_warmup(steps: int, warmup: float = 0.02) -> Callable[[int], float]:
+    """Learning-rate factor of a step: linear over the first `warmup` share, then a half cosine to 0."""
+    rise = max(1, round(warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
+
+    return factor
+
+
+__all__ = ["L3D", "RECIPES", "cosine_with_warmup"]

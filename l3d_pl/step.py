@@ -1,0 +1,143 @@
+"""The training step's loss and its gradients, by hand: the hot path.
+
+`decompose` computes c = V_in g, batch top-k, the reconstruction loss L, and in the same pass dL/dV_in and dL/dV_out; the
+autograd node only hands them on. With E = sum_i ‖g_i‖², codes = mask * c and the dense block's residual r = g - V_out codes:
+
+    dL/dcodes = 2/E (codes M - p) - 2/E r V_out      over factored and dense parameters
+    dL/dV_out = -2/E codes^T r  (dense);   through dp = -2/E codes and dM = 1/E codes^T codes  (factored)
+    dL/dV_in  = (mask * dL/dcodes)^T g
+
+`Subnetworks.reconstruct` is the same loss on autograd's own graph; tests hold the two together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from l3d_pl.batch_topk import batch_topk
+from l3d_pl.gradients import OuterGradient
+from l3d_pl.subnetworks import Prepared, Subnetworks
+from l3d_pl.tucker import Tucker, flatten, multiply_out, multiply_out_backward, unflatten
+
+
+class Step(NamedTuple):
+    """One step's results: `loss` [R] (differentiable), `coefficients` and `mask` [N, R, n_v], batch top-k's `threshold` [R]."""
+
+    loss: Tensor
+    coefficients: Tensor
+    mask: Tensor
+    threshold: Tensor
+
+    @property
+    def codes(self) -> Tensor:
+        """The coefficients that took part, [N, R, n_v]."""
+        return self.coefficients * self.mask
+
+
+def decompose(subnetworks: Subnetworks, prepared: Prepared, k: float) -> Step:
+    """c = V_in g, the fraction k of the largest |c|, and L (paper, training step 4)."""
+    names = prepared.names
+    tuckers_in, tuckers_out = subnetworks.v_in.tuckers(), subnetworks.v_out.tuckers()
+    flat = flatten([tuckers_in[name] for name in names]) + flatten([tuckers_out[name] for name in names])
+    return Step(*_Step.apply(prepared, k, subnetworks.restarts, [len(subnetworks.shapes[name]) for name in names], *flat))
+
+
+class _Side:
+    """V_in or V_out against a batch: coefficients and their way back."""
+
+    def __init__(self, prepared: Prepared, tuckers: list[Tucker]):
+        self.prepared, self.n_dense = prepared, len(prepared.sizes)
+        self.dense, self.factored = tuckers[: self.n_dense], tuckers[self.n_dense :]
+        self.block, self.lefts = multiply_out(self.dense) if self.dense else (None, [])
+        self.gradients: list[OuterGradient] = list(prepared.factored.values())  # type: ignore[arg-type]
+        self.saved: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def contract(self) -> Tensor | None:
+        """Coefficients on the factored parameters, [N, n]."""
+        results = [gradient.contract(tucker) for gradient, tucker in zip(self.gradients, self.factored, strict=True)]
+        self.saved = [saved for _, saved in results]
+        return torch.stack([c for c, _ in results]).sum(0) if results else None
+
+    def backward(self, d_block: Tensor | None, d_coefficients: Tensor) -> list[Tensor]:
+        """Gradients of every (core, *factors) from those at the dense block [n, w] and at the factored coefficients [N, n]."""
+        result = [] if d_block is None else multiply_out_backward(self.dense, self.lefts, d_block)
+        for gradient, tucker, saved in zip(self.gradients, self.factored, self.saved, strict=True):
+            result += gradient.contract_backward(tucker, saved, d_coefficients)
+        return result
+
+
+def _gram(tucker: Tucker, restarts: int) -> tuple[Tensor, Any]:
+    """M = V V^T of each restart, [R, n_v, n_v], and what `_gram_backward` needs."""
+    dense, lefts = multiply_out([tucker])
+    rows = dense.view(restarts, -1, dense.shape[1])
+    return rows @ rows.mT, (rows, lefts)
+
+
+def _gram_backward(tucker: Tucker, saved: Any, d_gram: Tensor) -> list[Tensor]:
+    """dV = 2 dM V for symmetric dM."""
+    rows, lefts = saved
+    return multiply_out_backward([tucker], lefts, (2 * d_gram @ rows).flatten(0, 1))
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, prepared: Prepared, k: float, restarts: int, modes: list[int], *flat: Tensor) -> Any:
+        with torch.autocast(flat[0].device.type, enabled=False):
+            half, samples = len(flat) // 2, prepared.n_samples
+            side_in, side_out = _Side(prepared, unflatten(modes, flat[:half])), _Side(prepared, unflatten(modes, flat[half:]))
+            energy = prepared.energy
+            scale = 2 / energy.clamp_min(torch.finfo(torch.float32).tiny).to(flat[0])
+
+            c = side_in.contract()
+            if prepared.block is not None:
+                c = torch.mm(prepared.block, side_in.block.mT) if c is None else torch.addmm(c, prepared.block, side_in.block.mT)
+            c = c.view(samples, restarts, -1)
+            mask, threshold = batch_topk(c, k)
+            by_restart = (c * mask).transpose(0, 1)  # codes, [R, N, n_v]
+
+            error = torch.zeros(restarts, dtype=torch.float64, device=c.device)
+            d_codes, d_out_block, grams, d_gram = None, None, [], None
+            if prepared.block is not None:
+                rows = side_out.block.view(restarts, -1, side_out.block.shape[1])
+                residual = torch.baddbmm(prepared.block.expand(restarts, -1, -1), by_restart, rows, alpha=-1)
+                error += torch.linalg.vector_norm(residual, dim=(1, 2)).double().square_()
+                residual *= -scale
+                d_codes = residual @ rows.mT
+                d_out_block = (by_restart.mT @ residual).flatten(0, 1)
+            p = side_out.contract()
+            if p is not None:
+                p = p.view(samples, restarts, -1).transpose(0, 1)
+                grams = [_gram(tucker, restarts) for tucker in side_out.factored]
+                gram = torch.stack([matrix for matrix, _ in grams]).sum(0)
+                pushed = by_restart @ gram  # codes M
+                factored_energy = energy if prepared.block is None else energy - prepared.block.square().sum(dtype=torch.float64)
+                # Summed in float64: a small difference of large numbers.
+                error += factored_energy + (by_restart.double() * (pushed.double() - 2 * p.double())).sum((1, 2))
+                d = (pushed - p).mul_(scale)
+                d_codes = d if d_codes is None else d_codes + d
+                d_gram = (by_restart.mT @ by_restart).mul_(scale / 2)
+
+            d_c = (d_codes.transpose(0, 1) * mask).flatten(1)  # type: ignore[union-attr]
+            gradients = side_in.backward(d_c.mT @ prepared.block if prepared.block is not None else None, d_c)
+            d_p = by_restart.transpose(0, 1).flatten(1) * -scale if grams else by_restart
+            through_c = side_out.backward(d_out_block, d_p)
+            position = len(through_c) - sum(len(tucker.factors) + 1 for tucker in side_out.factored)
+            for tucker, (_, saved) in zip(side_out.factored, grams, strict=True):
+                for part in _gram_backward(tucker, saved, d_gram):  # type: ignore[arg-type]
+                    through_c[position] += part
+                    position += 1
+            ctx.gradients = gradients + through_c
+            ctx.mark_non_differentiable(c, mask, threshold)
+            return error.div_(energy.clamp_min(torch.finfo(torch.float32).tiny)).to(c), c, mask, threshold
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
+        gradients, ctx.gradients = ctx.gradients, None
+        if d_loss.is_cuda or bool((d_loss != 1).any()):
+            per_subnetwork = d_loss.repeat_interleave(gradients[0].shape[0] // d_loss.shape[0])
+            gradients = [g * per_subnetwork.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
+        return None, None, None, None, *gradients

@@ -1,0 +1,60 @@
+"""Which tensors of a target model are decomposed, and how its identity is told."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from l3d_pl.errors import L3DError, did_you_mean
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Eval mode, no parameter requires a gradient. Returns the same model."""
+    return model.eval().requires_grad_(False)
+
+
+def select_parameters(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, Tensor]:
+    """The parameters whose names match any of `patterns`, in the model's order, each tensor once (tied ones by first name).
+
+    A pattern is a shell glob (`*`, `layers.3.*.weight`), or a regular expression after the prefix `re:`.
+
+    Raises:
+        L3DError: a pattern that matches nothing (with near names), or an invalid regular expression.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    named = dict(model.named_parameters())  # named_parameters gives a tied tensor once
+    if not named:
+        raise L3DError(f"parameters: target model {type(model).__name__} has no parameters")
+    if not patterns:
+        raise L3DError("parameters: found an empty list; give at least one glob, such as '*'")
+    chosen = set()
+    for pattern in patterns:
+        try:
+            matches = [name for name in named if matches_pattern(name, pattern)]
+        except re.error as error:
+            raise L3DError(f"parameters: {pattern!r} is not a regular expression: {error}") from None
+        if not matches:
+            options = list(named) if len(named) <= 8 else [*list(named)[:8], f"... ({len(named)} in all)"]
+            hint = did_you_mean(pattern, named) or f"; it has {', '.join(options)}"
+            raise L3DError(f"parameters: pattern {pattern!r} matches no parameter of {type(model).__name__}{hint}")
+        chosen.update(matches)
+    return {name: tensor for name, tensor in named.items() if name in chosen}
+
+
+def matches_pattern(name: str, pattern: str) -> bool:
+    """Whether a parameter's name matches a glob, or a regular expression after `re:`."""
+    return re.fullmatch(pattern[3:], name) is not None if pattern.startswith("re:") else fnmatchcase(name, pattern)
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]] | nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes: of a model, of all its parameters and buffers (W0's identity)."""
+    if isinstance(tensors, nn.Module):
+        tensors = tensors.state_dict().items()
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

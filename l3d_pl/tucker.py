@@ -1,0 +1,268 @@
+"""A batch of Tucker tensors, one for each subnetwork, all shaped like one parameter of the target model.
+
+v_k = G_k x1 U_k1 x2 U_k2 ... (paper, section on low-rank subnetworks): every subnetwork has a core G_k [R1, ..., RN] and a
+factor matrix U_km [I_m, R_m] for each mode m of its own. Everything here is plain algebra on those small tensors; the
+full tensor [n, I1, ..., IN] is built by `dense` only.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import tensorly
+import torch
+from tensorly.decomposition import tucker
+from tensorly.tucker_tensor import TuckerTensor
+from torch import Tensor, nn
+
+from l3d_pl.errors import L3DError
+
+Rank = int | float | Sequence[int | float]
+
+
+def resolve_ranks(rank: Rank, shape: Sequence[int], name: str = "parameter") -> tuple[int, ...]:
+    """Rank per mode for a parameter of `shape`.
+
+    `rank` is one entry for all modes, or a list with one entry per mode; an int is capped by the dimension, a float in
+    (0, 1) is that fraction of the dimension, rounded up. A list's explicit int may not exceed its dimension.
+
+    Raises:
+        L3DError: a list of the wrong length, a rank below 1, a fraction outside (0, 1), a list entry above its dimension.
+    """
+    explicit = isinstance(rank, Sequence)
+    entries: list[int | float] = list(rank) if isinstance(rank, Sequence) else [rank] * len(shape)
+    if len(entries) != len(shape):
+        raise L3DError(f"ranks of '{name}': found {len(entries)} entries {entries} for shape {tuple(shape)}; give one per mode")
+    resolved = []
+    for entry, size in zip(entries, shape, strict=True):
+        if isinstance(entry, float) and not entry.is_integer():
+            if not 0 < entry < 1:
+                raise L3DError(f"ranks of '{name}': found fraction {entry}; allowed are fractions in (0, 1) or integers >= 1")
+            resolved.append(math.ceil(entry * size))
+        elif entry < 1:
+            raise L3DError(f"ranks of '{name}': found {entry}; allowed are integers >= 1 or fractions in (0, 1)")
+        elif explicit and entry > size:
+            raise L3DError(f"ranks of '{name}': found rank {entry} above the dimension {size} of shape {tuple(shape)}")
+        else:
+            resolved.append(min(int(entry), size))
+    return tuple(resolved)
+
+
+class Tucker(NamedTuple):
+    """n Tucker tensors of one shape, as tensors: `core` [n, R1, ..., RN] and `factors[m]` [n, I_m, R_m]."""
+
+    core: Tensor
+    factors: tuple[Tensor, ...]
+
+    @property
+    def n(self) -> int:
+        return self.core.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape (I1, ..., IN) of each tensor, the parameter's."""
+        return tuple(factor.shape[1] for factor in self.factors)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(self.core.shape[1:])
+
+    def dense(self) -> Tensor:
+        """The tensors themselves, [n, I1, ..., IN]."""
+        return dense_block([self]).view(self.n, *self.shape)
+
+    def gram(self, other: "Tucker | None" = None) -> Tensor:
+        """Inner products <v_k, w_l> of all tensors with all of `other` (default: with themselves), [n, n_other]."""
+        other = self if other is None else other
+        if self._gram_cost(other) < self.n * other.n * math.prod(self.shape):
+            return self._factored_gram(other)
+        return self.dense().flatten(1) @ other.dense().flatten(1).mT
+
+    def _gram_cost(self, other: "Tucker") -> int:
+        """Multiplications of `_factored_gram` (the dense one takes n n' I1...IN)."""
+        pairs = self.n * other.n
+        small = sum(size * a * b for size, a, b in zip(self.shape, self.ranks, other.ranks, strict=True))
+        return pairs * (small + sum(math.prod(self.ranks) * rank for rank in other.ranks))
+
+    def _factored_gram(self, other: "Tucker") -> Tensor:
+        """<v_k, w_l> = <G_k x1 (U_k1^T W_l1)^T x2 ..., H_l>: from the factors' small Grams, no dense tensor."""
+        tensor = self.core.unsqueeze(1).expand(-1, other.n, *self.ranks)  # [n, n', R1, ..., RN]
+        for mode, (mine, theirs) in enumerate(zip(self.factors, other.factors, strict=True)):
+            small = torch.einsum("kia,lib->klab", mine, theirs)  # [n, n', R_m, R'_m]
+            moved = tensor.movedim(mode + 2, -1)
+            rest = moved.shape[2:-1]
+            tensor = (moved.flatten(2, -2) if rest else moved.unsqueeze(2)) @ small
+            tensor = tensor.unflatten(2, rest).movedim(-1, mode + 2) if rest else tensor.squeeze(2)
+        return torch.einsum("klr,lr->kl", tensor.flatten(2) if self.ranks else tensor[..., None], other.core.reshape(other.n, -1))
+
+    def squared_norms(self) -> Tensor:
+        """‖v_k‖² of each tensor, [n], from the small Grams U^T U of its own factors."""
+        tensor = self.core
+        for mode, factor in enumerate(self.factors):
+            head = math.prod(self.ranks[:mode])
+            small = (factor.mT @ factor).unsqueeze(1)  # [n, 1, R_m, R_m]
+            tensor = (small @ tensor.reshape(self.n, head, self.ranks[mode], -1)).reshape(self.core.shape)
+        return (tensor * self.core).flatten(1).sum(1)
+
+    def scaled(self, scale: Tensor) -> "Tucker":
+        """Each tensor times its entry of `scale` [n]."""
+        return Tucker(self.core * scale.view(-1, *[1] * len(self.ranks)), self.factors)
+
+    def select(self, index: Tensor | slice) -> "Tucker":
+        """The tensors at `index`."""
+        return Tucker(self.core[index], tuple(factor[index] for factor in self.factors))
+
+    def detach(self) -> "Tucker":
+        return Tucker(self.core.detach(), tuple(factor.detach() for factor in self.factors))
+
+    def to_tensorly(self, k: int) -> TuckerTensor:
+        """Tensor k as tensorly's own `TuckerTensor` (with tensorly's PyTorch backend, `tensorly.set_backend("pytorch")`).
+
+        A vector becomes a one-column matrix [I, 1]: tensorly wants two modes at least.
+        """
+        core, factors = self.core[k], [factor[k] for factor in self.factors]
+        if len(factors) == 1:
+            core, factors = core.unsqueeze(1), [*factors, core.new_ones(1, 1)]
+        return TuckerTensor((core, factors))
+
+
+def dense_block(tuckers: Sequence[Tucker]) -> Tensor:
+    """Dense tensors of several parameters, flattened and joined: [n, sum of their sizes].
+
+    One autograd node with a hand-written backward: for small models a step is bound by the number of operations, and this
+    takes a third of what autograd's own graph would.
+    """
+    return _DenseBlock.apply([len(tucker.factors) for tucker in tuckers], *flatten(tuckers))
+
+
+def flatten(tuckers: Iterable[Tucker]) -> list[Tensor]:
+    """(core, *factors) of every parameter, in one flat list."""
+    return [tensor for tucker in tuckers for tensor in (tucker.core, *tucker.factors)]
+
+
+def unflatten(modes: Sequence[int], flat: Sequence[Tensor]) -> list[Tucker]:
+    """The inverse of `flatten`, for parameters of the given numbers of modes."""
+    tuckers, start = [], 0
+    for count in modes:
+        tuckers.append(Tucker(flat[start], tuple(flat[start + 1 : start + 1 + count])))
+        start += count + 1
+    return tuckers
+
+
+def _mode_products(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """G x1 U1 ... xN UN for any number of modes, [n, I1, ..., IN]."""
+    tensor = core
+    for mode, factor in enumerate(factors):
+        n, done = tensor.shape[0], tensor.shape[1 : mode + 1]
+        moved = torch.einsum("napr,nip->nair", tensor.reshape(n, math.prod(done), factor.shape[2], -1), factor)
+        tensor = moved.reshape(n, *done, factor.shape[1], *tensor.shape[mode + 2 :])
+    return tensor
+
+
+def multiply_out(tuckers: Sequence[Tucker]) -> tuple[Tensor, list[Tensor]]:
+    """`dense_block`'s value [n, w], and what `multiply_out_backward` needs of the way there."""
+    parts, lefts = [], []
+    for tucker in tuckers:
+        core, factors = tucker.core, tucker.factors
+        left = core
+        if len(factors) == 2:
+            left = factors[0] @ core  # [n, I1, R2]
+            part = left @ factors[1].mT
+        elif len(factors) == 1:
+            part = factors[0] @ core.unsqueeze(2)
+        else:
+            part = _mode_products(core, factors)
+        lefts.append(left)
+        parts.append(part.reshape(core.shape[0], -1))
+    return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]), lefts
+
+
+def multiply_out_backward(tuckers: Sequence[Tucker], lefts: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+    """From the gradient at the block [n, w] to the gradients of (core, *factors) of every parameter, in one flat list."""
+    result: list[Tensor] = []
+    sizes = [math.prod(tucker.shape) for tucker in tuckers]
+    for tucker, left, part in zip(tuckers, lefts, gradient.split(sizes, dim=1), strict=True):
+        core, factors, n = tucker.core, tucker.factors, tucker.n
+        if len(factors) == 2:
+            d = part.reshape(n, *tucker.shape)
+            right = d @ factors[1]  # [n, I1, R2]
+            result += [factors[0].mT @ right, right @ core.mT, d.mT @ left]
+        elif len(factors) == 1:
+            d = part.unsqueeze(2)
+            result += [(factors[0].mT @ d).squeeze(2), d * core.unsqueeze(1)]
+        else:
+            with torch.enable_grad():
+                leaves = [tensor.detach().requires_grad_() for tensor in (core, *factors)]
+                dense = _mode_products(leaves[0], leaves[1:])
+            result += torch.autograd.grad(dense, leaves, part.reshape(dense.shape))
+    return result
+
+
+class _DenseBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, modes: list[int], *flat: Tensor) -> Tensor:
+        block, lefts = multiply_out(unflatten(modes, flat))
+        ctx.modes = modes
+        ctx.save_for_backward(*flat, *lefts)
+        return block
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        count = len(ctx.saved_tensors) - len(ctx.modes)
+        tuckers = unflatten(ctx.modes, ctx.saved_tensors[:count])
+        return None, *multiply_out_backward(tuckers, ctx.saved_tensors[count:], gradient)
+
+
+class TuckerParameters(nn.Module):
+    """The learned core and factors of `n` Tucker tensors shaped like one parameter; `tucker` is the algebra on them.
+
+    `core` is [n, R1, ..., RN], `factor{m}` [n, I_m, R_m]: a shard by subnetwork is a slice of the first dimension of each.
+    They start as independent normal values (the paper's code; the scale is undone by the unit norm), so that every
+    subnetwork starts as a random direction.
+    """
+
+    def __init__(self, n: int, shape: Sequence[int], ranks: Sequence[int], generator: torch.Generator | None = None):
+        super().__init__()
+        # Columns of about unit norm, as after an SVD: the optimizer's step then means the same for both starts.
+        self.core = nn.Parameter(torch.randn(n, *ranks, generator=generator) / math.sqrt(math.prod(ranks)))
+        for mode, (size, rank) in enumerate(zip(shape, ranks, strict=True)):
+            factor = torch.randn(n, size, rank, generator=generator) / math.sqrt(size)
+            self.register_parameter(f"factor{mode}", nn.Parameter(factor))
+
+    @property
+    def tucker(self) -> Tucker:
+        core, *factors = self._parameters.values()  # in the order of registration; much faster than a ParameterList
+        return Tucker(core, tuple(factors))  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def copy_(self, other: Tucker, index: Tensor | slice = slice(None)) -> None:
+        """Overwrite the tensors at `index` with `other`."""
+        for mine, theirs in zip(self.parameters(), (other.core, *other.factors), strict=True):
+            mine[index] = theirs.to(mine)
+
+
+@torch.no_grad()
+def truncate(tensors: Tensor, ranks: Sequence[int]) -> Tucker:
+    """Tucker approximation of dense tensors [n, I1, ..., IN]: the data-driven start of subnetworks.
+
+    Vectors and matrices by a batched SVD (the best approximation there is, Eckart-Young); tensors of more modes by
+    tensorly's `tucker` (HOOI started from the HOSVD). The factors are orthonormal, the core holds the scale.
+    """
+    n, shape = tensors.shape[0], tensors.shape[1:]
+    if len(shape) == 0:
+        return Tucker(tensors.clone(), ())
+    if len(shape) <= 2:
+        u, singular, vh = torch.linalg.svd(tensors if len(shape) == 2 else tensors.unsqueeze(2), full_matrices=True)
+        if len(shape) == 1:
+            core = torch.zeros_like(tensors[:, : ranks[0]])
+            core[:, 0] = singular[:, 0] * vh[:, 0, 0]
+            return Tucker(core, (u[..., : ranks[0]].contiguous(),))
+        core = torch.diag_embed(singular)
+        core = nn.functional.pad(core, (0, shape[1] - core.shape[2], 0, shape[0] - core.shape[1]))
+        core = core[:, : ranks[0], : ranks[1]].contiguous()
+        return Tucker(core, (u[..., : ranks[0]].contiguous(), vh[:, : ranks[1]].mT.contiguous()))
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        parts = [tucker(tensor, rank=list(ranks), init="svd", n_iter_max=10) for tensor in tensors]
+    factors = tuple(torch.stack([part.factors[mode] for part in parts]) for mode in range(len(shape)))
+    return Tucker(torch.stack([part.core for part in parts]), factors)
