@@ -1,8 +1,7 @@
 """Batches in an order that a stopped run can take up again exactly, on any number of processes.
 
-Nothing about the order is drawn from a global random state: the order of an epoch is a function of (seed, epoch), so
-the whole state of a loader is two numbers, the epoch and the batches given. Lightning saves it inside its checkpoints
-because the loader has `state_dict`, and hands it back when it resumes.
+Nothing about the order is drawn from a global random state: an epoch's order is a function of (seed, epoch), so the
+whole state of a training loader is one number, the batches it has given. The epochs of the trainer do not enter.
 """
 
 import difflib
@@ -73,11 +72,16 @@ class Rows(Dataset[Batch]):
 class EpochSampler(DistributedSampler[Tensor]):
     """Yields the row numbers of whole batches, int64 [rows]; every row once per epoch, over all ranks together.
 
-    The order is a pure function of (seed, epoch). The ranks' i-th batches, concatenated in the order of the ranks, are
-    the i-th batch of a single process with batch size `batch_size * world_size`, so data-parallel training sees the
-    same global batches whatever the number of processes. The last batch of an epoch is smaller where the rows do not
-    divide evenly. Where that would leave a rank with fewer than two rows, they join the batch before: nobody can be
-    compared with somebody else in a batch of one, and a rank without a batch would stop all the others.
+    It is one endless stream of batches, cut into epochs of `len(self)`: every iterator gives that many, and goes on
+    where the last one stopped, be that in the middle of an epoch. The i-th batch of the stream is a pure function of
+    (seed, i), and the state is the number of batches given. (With `shuffle=False`, for validation, every iterator
+    starts at the first row.)
+
+    The ranks' i-th batches, concatenated in the order of the ranks, are the i-th batch of a single process with batch
+    size `batch_size * world_size`: data-parallel training sees the same global batches on any number of processes. The
+    last batch of an epoch is smaller where the rows do not divide evenly. Where that would leave a rank fewer than two
+    rows, they join the batch before: in a batch of one, nobody can be compared with somebody else, and a rank without
+    a batch would keep all the others waiting.
 
     It is a DistributedSampler so that Lightning does not wrap it in another one, which would shard it twice.
 
@@ -87,7 +91,7 @@ class EpochSampler(DistributedSampler[Tensor]):
         seed: of the order.
         rank, world_size: this process and the number of processes.
         shuffle: a new permutation in every epoch, otherwise the order of the rows.
-        endless: epoch e yields the row numbers e·n to (e+1)·n − 1 in their order, for data that is made from its row
+        endless: epoch e yields the row numbers e·n to (e+1)·n - 1 in their order, for data that is made from its row
             number and so never comes twice.
 
     Raises:
@@ -113,12 +117,11 @@ class EpochSampler(DistributedSampler[Tensor]):
             raise ValueError(f"the dataset has {self.n_rows} rows, too few for {world_size} process(es) and a row each")
         self.batch_size = batch_size
         self.endless = endless
-        self.position = 0  # batches of this epoch that have been given
-        self._resumed = False
+        self.batches_given = 0
         self._bounds = self._shard(batch_size * world_size)
 
     def _shard(self, global_size: int) -> list[tuple[int, int]]:
-        """First and last + 1 place of each of this rank's batches in the order of the epoch."""
+        """First and last + 1 place of each of this rank's batches in the order of an epoch."""
         starts = list(range(0, self.n_rows, global_size))
         if len(starts) > 1 and self.n_rows - starts[-1] < 2 * self.num_replicas:
             starts.pop()
@@ -141,27 +144,27 @@ class EpochSampler(DistributedSampler[Tensor]):
             return torch.randperm(self.n_rows, generator=generator("order", self.seed, epoch))
         return torch.arange(self.n_rows)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of another epoch; where that is the current one already, stay in its middle.
-
-        Lightning calls this before every epoch, when it resumes as well, and then after `load_state_dict`.
-        """
-        if epoch != self.epoch:
-            self.epoch, self.position, self._resumed = epoch, 0, False
-
     def __iter__(self) -> Iterator[Tensor]:
-        # A generator runs nothing before its first `next`. That matters: Lightning makes the iterator first and tells
-        # the epoch afterwards.
-        if self.position == len(self):  # a plain loop that never calls set_epoch
-            self.set_epoch(self.epoch + 1)
-        elif not self._resumed:
-            self.position = 0
-        self._resumed = False
-        order = self.order(self.epoch)
-        while self.position < len(self):
-            start, stop = self._bounds[self.position]
-            self.position += 1
-            yield order[start:stop]
+        # A generator runs nothing before its first `next`: Lightning makes iterators that it never uses.
+        if not (self.shuffle or self.endless):
+            self.batches_given = 0
+        ordered: tuple[int, Tensor] | None = None
+        for _ in range(len(self)):
+            epoch, batch = divmod(self.batches_given, len(self))
+            if ordered is None or ordered[0] != epoch:
+                ordered = epoch, self.order(epoch)
+            self.batches_given += 1
+            start, stop = self._bounds[batch]
+            yield ordered[1][start:stop]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Put a stream that has given nothing yet to the beginning of an epoch; otherwise do nothing.
+
+        Lightning calls this before every epoch, with a count that is one too high after some resumes. Only where it
+        resumes between two epochs without handing out any state, and the data module has none, is it all there is.
+        """
+        if self.batches_given == 0:
+            self.batches_given = epoch * len(self)
 
     def _identity(self) -> dict[str, int | bool]:
         return {
@@ -173,8 +176,8 @@ class EpochSampler(DistributedSampler[Tensor]):
         }
 
     def state_dict(self) -> dict[str, int | bool]:
-        """(epoch, batches given), the same on all ranks, and what makes them mean anything. `batch_size` is global."""
-        return {"epoch": self.epoch, "position": self.position, **self._identity()}
+        """The batches given, and what gives that number its meaning; `batch_size` is global. The same on all ranks."""
+        return {"batches_given": self.batches_given, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the batch that was the last to be given when the state was saved.
@@ -188,7 +191,7 @@ class EpochSampler(DistributedSampler[Tensor]):
                     f"cannot go on in the middle of the data: the checkpoint was written with {key} = "
                     f"{state.get(key)!r}, this run has {key} = {value!r} (batch_size counts all processes)"
                 )
-        self.epoch, self.position, self._resumed = int(state["epoch"]), int(state["position"]), True
+        self.batches_given = int(state["batches_given"])
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -240,6 +243,8 @@ class InMemoryData(LightningDataModule):
     train: Dataset[Batch]
     validation: Dataset[Batch]
     test: Dataset[Batch]
+    _train_sampler: EpochSampler | None = None
+    _state: dict[str, Any] | None = None
 
     def __init__(self, batch_size: int, seed: int, endless: bool = False) -> None:
         super().__init__()
@@ -265,7 +270,20 @@ class InMemoryData(LightningDataModule):
         )
 
     def train_dataloader(self) -> StatefulDataLoader[Batch]:
-        return self._loader(self.train, self.batch_size)
+        loader = self._loader(self.train, self.batch_size)
+        self._train_sampler = loader.sampler
+        if self._state:
+            self._train_sampler.load_state_dict(self._state)
+            self._state = None
+        return loader
+
+    # Lightning keeps the loader's own state in its checkpoints as well, but hands it out only where it resumes in the
+    # middle of an epoch.
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._train_sampler is None else self._train_sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state = state
 
     def val_dataloader(self) -> StatefulDataLoader[Batch]:
         return self._loader(self.validation)

@@ -75,6 +75,7 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         p_act: share of held-out samples in whose reconstruction each subnetwork took part, [n_v].
         mean_reference: mean output of the held-out data, what `encode` compares a sample with.
         figures: results worth keeping, such as the held-out loss.
+        seed, run_config: of the run that found it.
     """
 
     def __init__(
@@ -89,12 +90,14 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         mean_reference: Tensor | None = None,
         figures: Mapping[str, Any] | None = None,
         seed: int | None = None,
+        run_config: Mapping[str, Any] | None = None,
     ):
         self.subnetworks = subnetworks.requires_grad_(False)
         self.divergence, self.reference = make_divergence(divergence), reference
         self.k, self.threshold = k, threshold
         self.p_act = torch.zeros(subnetworks.n_subnetworks) if p_act is None else p_act
         self.mean_reference, self.figures, self.seed = mean_reference, dict(figures or {}), seed
+        self.run_config = None if run_config is None else dict(run_config)
         self.provenance = provenance()
         self.target_fingerprint: str | None = None
         self.target_class: str | None = None
@@ -229,6 +232,7 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
             "target_fingerprint": self.target_fingerprint,
             "figures": {name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in self.figures.items()},
             "seed": self.seed,
+            "run_config": self.run_config,
             "provenance": self.provenance,
         }
 
@@ -304,6 +308,7 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
             mean_reference=tensors.get("mean_reference"),
             figures=config["figures"],
             seed=config["seed"],
+            run_config=config["run_config"],
         )
         result.target_fingerprint, result.target_class = config["target_fingerprint"], config["target_class"]
         result.provenance = config["provenance"]

@@ -25,6 +25,7 @@ from l3d_pl.repair import Anchor, candidates, replace, state_of, swap
 from l3d_pl.step import Step, decompose
 from l3d_pl.subnetworks import Prepared, Subnetworks
 from l3d_pl.targets.frozen import fingerprint, freeze, select_parameters
+from l3d_pl.targets.training import load_target
 
 Ranks = int | float | list[int | float] | dict[str, int | float | list[int | float]]
 
@@ -65,8 +66,8 @@ class L3D(L.LightningModule):
         revive_every: every so many steps replace dead subnetworks by badly reconstructed gradients; 0: never.
         bad_samples: `error` on samples with a non-finite gradient, or `skip` and count them.
         seed: of the start and the references; default: that of `seed_everything`, or 0.
-        target_weights, target_config: where the target's weights lie, and the config that trains them if they are not there
-            (used by the command line; `target` comes ready).
+        target_weights: safetensors file with the target's weights; None: `target` comes with them.
+        target_config: config of `l3d target` that makes this file; `l3d fit` runs it first where the file is not there.
 
     Raises:
         L3DError: a setting outside its range, with what is allowed.
@@ -122,6 +123,8 @@ class L3D(L.LightningModule):
         self.aux_coefficient, self.revive_every = aux_coefficient, revive_every
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
 
+        if target_weights is not None:
+            load_target(target_weights, target)
         target = freeze(target)
         chosen = select_parameters(target, parameters)
         object.__setattr__(self, "target", target)  # past nn.Module's registry: W0 is in no checkpoint and no optimizer
@@ -138,6 +141,7 @@ class L3D(L.LightningModule):
         self.register_buffer("skipped_samples", torch.zeros((), dtype=torch.long))
         self.mean_reference: Tensor | None = None  # mean output of the held-out data
         self._held_out_outputs: list[tuple[Tensor, int]] = []  # their sum and number, batch by batch
+        self.run_config: dict[str, Any] | None = None  # the command line's configuration, kept with the results
         self._random: dict[str, torch.Generator] = {}
         self._anchors: list[Anchor] = []
         self._total_steps = 0
@@ -438,6 +442,7 @@ class L3D(L.LightningModule):
             mean_reference=self.mean_reference,
             figures={"val/loss": float(self.held_out_loss[best])} | dict(figures or {}),
             seed=self.seed,
+            run_config=self.run_config,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -201,10 +201,14 @@ def test_tmcs_ceilings_are_the_targets_own_squared_correlations() -> None:
     assert figures["r2_ratio"] == pytest.approx(1)
     whole = np.corrcoef(learned.flatten().numpy(), A.flatten().numpy())[0, 1] ** 2
     assert figures["r2_sum_ceiling"] == pytest.approx(whole, rel=1e-5)
+    alive = torch.arange(10) < 7  # a dead subnetwork's product does not count
+    together = sum(v["W_in"][k] @ v["W_out"][k] for k in range(7))
+    read = np.corrcoef(torch.as_tensor(together).flatten().numpy(), A.flatten().numpy())[0, 1] ** 2
+    assert score("tmcs", v, alive).figures["r2_sum"] == pytest.approx(read, rel=1e-5)
 
 
 def test_tmcs_reads_row_i_of_a_through_j_star() -> None:
-    """Rank 2: the other decoder rows hold something else, which W_in W_out mixes in and the path through j* does not."""
+    """Rank 2: another decoder row holds something else, which W_in W_out mixes in and the path through j* does not."""
     v = {name: t.double() for name, t in planted("tmcs").items()}
     v["W_in"] = torch.zeros(10, 10, 5, dtype=torch.float64)
     v["W_in"][range(10), range(10), 0] = 1.0  # j* = 0
@@ -270,10 +274,12 @@ def test_mmcs_lets_truths_share_a_direction_and_recovered_does_not() -> None:
 
 
 def test_the_assignment_is_the_best_of_all() -> None:
-    """A greedy choice would give truth 0 to direction 0 and leave 0.1 for the rest."""
-    directions = torch.nn.functional.normalize(torch.tensor([[1.0, 0.9], [0.99, 0.14]]), dim=1)
-    recovery = recovered(directions, torch.eye(2))
+    """The greedy choice, direction 0 for truth 0, would leave |cos| 0.05 for truth 1."""
+    directions = torch.tensor([[0.7, 0.65, (1 - 0.7**2 - 0.65**2) ** 0.5, 0.0], [0.65, 0.05, 0.0, 0.0]])
+    directions[1, 3] = (1 - 0.65**2 - 0.05**2) ** 0.5
+    recovery = recovered(directions, torch.eye(4)[:2])
     assert recovery.own.tolist() == [1, 0]
+    assert recovery.cos.tolist() == pytest.approx([0.65, 0.65])
 
 
 def test_ml2r_gives_lengths_back_and_sees_shrinkage() -> None:
@@ -320,7 +326,7 @@ def test_a_score_survives_json(task: str) -> None:
 
 
 def test_a_file_that_is_no_score_is_refused_in_one_line() -> None:
-    with pytest.raises(L3DError, match="score: .*n_circuits"):
+    with pytest.raises(L3DError, match=r"score: .*n_circuits"):
         ToyScore.from_dict({"task": "tms", "subnetworks": []})
 
 
@@ -333,8 +339,8 @@ def test_tables_show_every_figure_and_its_brackets() -> None:
     assert "10 of 10" in text
     assert "W_in[i, j*]" in text, "rich must not take the index for markup"
     assert all(name in text for name in result.figures)
-    assert number(1600.0) == "1600"
-    assert number(0.00012) == "0.00012"
+    shown = {1600.0: "1600", 0.99996: "1.000", 1.0: "1.000", 0.0: "0", 7.0: "7", 0.00012: "0.00012", -0.25: "-0.250"}
+    assert {value: number(value) for value in shown} == shown
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def abs_cosines(directions: Tensor, truths: Tensor) -> Tensor:
     if directions.ndim != 2 or truths.ndim != 2 or directions.shape[1] != truths.shape[1]:
         found = f"{list(directions.shape)} and {list(truths.shape)}"
         raise L3DError(f"directions, truths: found shapes {found}, allowed are [n, d] and [m, d]")
-    _require_finite({"directions": directions, "truths": truths})
+    require_finite({"directions": directions, "truths": truths})
 
     directions, truths = (normalize(vectors.detach().double().cpu(), dim=1) for vectors in (directions, truths))
     return (directions @ truths.T).abs().clamp(max=1.0)
@@ -126,6 +126,27 @@ def squared_correlation(a: Tensor, b: Tensor) -> float:
         return x if vector_norm(x) > 1e-12 else torch.zeros_like(x)  # a constant is not to correlate by its rounding
 
     return abs_cosines(centred(a)[None], centred(b)[None]).square().item()
+
+
+def single_rows(weight: Tensor) -> Tensor:
+    """The planted directions of a tied encoder: each row of `weight` [features, hidden] alone, zeros elsewhere.
+
+    Returns [features, features x hidden], one flat direction per feature, in the space of the whole tensor.
+    """
+    return torch.diag_embed(weight.T, dim1=0, dim2=1).flatten(1)
+
+
+def energy_shares(energy: Tensor) -> Tensor:
+    """[n, parts] energies as shares of each row's sum; 0 where a row has no energy at all."""
+    return energy / energy.sum(1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise L3DError naming the first tensor that holds a NaN or an infinity, and how many."""
+    for name, tensor in tensors.items():
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        if bad:
+            raise L3DError(f"{name}: found {bad} of {tensor.numel()} values that are not finite, allowed is none")
 
 
 # --- A toy run's score ------------------------------------------------------------------------------------------------
@@ -251,10 +272,10 @@ def summary_table(rows: Sequence[SummaryRow], title: str = "Scores against groun
 
 
 def number(value: float | None) -> str:
-    """A figure as tables show it: three decimals, or what says more where those say too little; "–" for None."""
+    """A figure as tables show it: three decimals for shares, fewer for counts, more for what is tiny; "–" for None."""
     if value is None:
         return "–"
-    if float(value).is_integer() or abs(value) >= 100:
+    if abs(value) != 1 and (float(value).is_integer() or abs(value) >= 100):
         return f"{value:g}"
     return f"{value:.3f}" if abs(value) >= 0.001 else f"{value:.3g}"
 
@@ -340,13 +361,13 @@ class _Reading(NamedTuple):
 
 def _tms(v_out: dict[str, Tensor], target: dict[str, Tensor], alive: Tensor) -> _Reading:
     rows, planted_rows = v_out["W_in"], target["W_in"]
-    shares = _shares(rows.square().sum(2))
+    shares = energy_shares(rows.square().sum(2))
     feature = shares.argmax(1)
     cos = cosine_similarity(rows[torch.arange(len(rows)), feature], planted_rows[feature], dim=1).abs()
     figures: dict[str, float | None] = {"mmcs": None, "mmcs_all": None, "ml2r": None}
     if alive.any():
         # A planted circuit is one row of W_in and nothing in any other tensor.
-        planted = torch.diag_embed(planted_rows.T, dim1=0, dim2=1).flatten(1)
+        planted = single_rows(planted_rows)
         live = rows[alive].flatten(1)
         everything = torch.cat([live, *(v[alive].flatten(1) for name, v in v_out.items() if name != "W_in")], 1)
         padded = torch.nn.functional.pad(planted, (0, everything.shape[1] - planted.shape[1]))
@@ -360,7 +381,7 @@ def _tmcs(v_out: dict[str, Tensor], target: dict[str, Tensor], alive: Tensor, tr
     if "A" not in truth or truth["A"].shape != learned.shape:
         found = f"shape {list(truth['A'].shape)}" if "A" in truth else f"only {', '.join(truth) or 'nothing'}"
         raise L3DError(f"truth: found {found}, allowed is A of shape [features, outputs] = {list(learned.shape)}")
-    _require_finite({"truth A": truth["A"]})
+    require_finite({"truth A": truth["A"]})
     planted = truth["A"].detach().double().cpu()
 
     k = torch.arange(len(w_in))
@@ -382,19 +403,19 @@ def _tmcs(v_out: dict[str, Tensor], target: dict[str, Tensor], alive: Tensor, tr
     figures["r2_sum"] = squared_correlation(products[alive].sum(0), planted)
     figures["r2_sum_ceiling"] = squared_correlation(learned, planted)
     figures["r2_sum_ratio"] = _ratio(figures["r2_sum"], figures["r2_sum_ceiling"])
-    return _Reading(feature, _shares(w_in.square().sum(2)), alive, figures, r2)
+    return _Reading(feature, energy_shares(w_in.square().sum(2)), alive, figures, r2)
 
 
 def _high_rank(v_out: dict[str, Tensor], alive: Tensor, group_size: int) -> _Reading:
     energy = v_out["W_in"].square().sum(2)
     if group_size < 1 or energy.shape[1] % group_size:
         raise L3DError(f"group_size: found {group_size}, allowed are divisors of the {energy.shape[1]} features")
-    shares = _shares(energy.unflatten(1, (-1, group_size)).sum(2))
+    shares = energy_shares(energy.unflatten(1, (-1, group_size)).sum(2))
     return _Reading(shares.argmax(1), shares, alive & (shares.amax(1) > 0.5), {})
 
 
 def _squared(v_out: dict[str, Tensor], alive: Tensor) -> _Reading:
-    shares = _shares(v_out["0.weight"].square().sum(1))
+    shares = energy_shares(v_out["0.weight"].square().sum(1))
     outputs = v_out["4.weight"].square().sum(2)
     if "4.bias" in v_out:
         outputs = outputs + v_out["4.bias"].square()
@@ -418,11 +439,6 @@ def _assign(reading: _Reading, share: Tensor) -> list[int]:
 # --- Small parts ------------------------------------------------------------------------------------------------------
 
 
-def _shares(energy: Tensor) -> Tensor:
-    """[n_v, circuits] energies as shares of each row's sum; 0 where a subnetwork has no energy there at all."""
-    return energy / energy.sum(1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
-
-
 def _mean(values: Tensor) -> float | None:
     return values.mean().item() if len(values) else None
 
@@ -435,13 +451,6 @@ def _ratio(value: float | None, ceiling: float | None) -> float | None:
     return value / ceiling if value is not None and ceiling else None
 
 
-def _require_finite(tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        bad = tensor.numel() - int(tensor.isfinite().sum())
-        if bad:
-            raise L3DError(f"{name}: found {bad} of {tensor.numel()} values that are not finite, allowed is none")
-
-
 def _checked(
     task: str, needed: Sequence[str], v_out: Mapping[str, Tensor], target: Mapping[str, Tensor], alive: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
@@ -452,7 +461,7 @@ def _checked(
                 near = did_you_mean(name, tensors)
                 found = ", ".join(tensors) or "nothing"
                 raise L3DError(f"{place}: {task} is read off {name!r}, found only {found}{near}")
-        _require_finite({f"{place} {name}": tensor for name, tensor in tensors.items()})
+        require_finite({f"{place} {name}": tensor for name, tensor in tensors.items()})
     if alive.ndim != 1 or alive.dtype != torch.bool:
         raise L3DError(f"alive: found {alive.dtype} of shape {list(alive.shape)}, allowed is bool [n_v]")
     for name, tensor in v_out.items():

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from l3d_pl.analysis.alignment import ToyScore, number
-from l3d_pl.atlas.pictures import Picture
+from l3d_pl.atlas.pictures import Picture, norm_shares
 
 Cell = str | int | float | bool | None
 
@@ -72,12 +71,10 @@ def subnetwork_table(v_out: Mapping[str, Tensor], p_act: Tensor, score: ToyScore
     v_out: {parameter: [n_v, *shape]}; p_act: [n_v]; score: of the same run, for toys.
     """
     names = list(v_out)
-    energy = torch.stack([v.detach().double().cpu().flatten(1).square().sum(1) for v in v_out.values()], 1)
-    shares = energy / energy.sum(1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
     header = ["subnetwork", "P_act", "largest tensor", "its share of squared norm"]
     rows: list[list[Cell]] = [
         [k, active, names[int(share.argmax())], share.max().item()]
-        for k, (active, share) in enumerate(zip(p_act.tolist(), shares, strict=True))
+        for k, (active, share) in enumerate(zip(p_act.tolist(), norm_shares(v_out), strict=True))
     ]
     if score is not None:
         header += [score.circuit_kind, f"share in the {score.circuit_kind}", "stands for it"]

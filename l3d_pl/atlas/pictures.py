@@ -28,6 +28,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from l3d_pl.analysis.alignment import abs_cosines, energy_shares, require_finite, single_rows
 from l3d_pl.errors import L3DError
 
 NEGATIVE, POSITIVE, ACCENT, PALE, INK = "#0072b2", "#d55e00", "#0072b2", "#b9c0c8", "#24292f"
@@ -118,7 +119,7 @@ def networks(
     layers = layers_of(target)
     if not layers:
         raise L3DError(f"networks: found a target of {', '.join(target)}, which is no chain of small layers to draw")
-    _require_finite(v_out)
+    require_finite(v_out)
     n_v = len(next(iter(v_out.values())))
     order = sorted(range(n_v), key=lambda k: (_natural(circuits[k]) if circuits else [], k))[:MAX_NETWORKS]
     shown = len(order)
@@ -222,20 +223,18 @@ def directions(
     layers = layers_of(target)
     if not layers or layers[0].weight not in v_out:
         raise L3DError(f"directions: found {', '.join(v_out)} decomposed, which holds no first layer known here")
-    _require_finite(v_out)
+    require_finite(v_out)
     first = layers[0]
     encoder = v_out[first.weight].detach().double().cpu()
     features = target[first.weight].detach().double().cpu()
     if first.transposed:  # Linear keeps [out, in]
         encoder, features = encoder.transpose(1, 2), features.T
-    energy = encoder.square().sum(2)
-    shares = energy / energy.sum(1, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
+    shares = energy_shares(encoder.square().sum(2))
     tied = len({layer.weight for layer in layers}) < len(layers)
     if tied and features.shape[1] == 2:
         return _arrows(path, encoder, features, shares)
     if tied:
-        norms = torch.linalg.vector_norm(encoder, dim=(1, 2))[:, None] * torch.linalg.vector_norm(features, dim=1)
-        matrix = (encoder * features).sum(2).abs() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        matrix = abs_cosines(encoder.flatten(1), single_rows(features))
         what = f"|cos| with the feature's row of {first.weight}"
     else:
         matrix, what = shares, f"share of the energy of {first.weight}"
@@ -317,15 +316,19 @@ def _feature_map(path: Path, matrix: Tensor, what: str, group_size: int) -> Pict
 # --- Any model --------------------------------------------------------------------------------------------------------
 
 
+def norm_shares(v_out: Mapping[str, Tensor]) -> Tensor:
+    """[n_v, tensors]: the share of each subnetwork's squared norm in each tensor of {parameter: [n_v, *shape]}."""
+    return energy_shares(torch.stack([v.detach().double().cpu().flatten(1).square().sum(1) for v in v_out.values()], 1))
+
+
 def norm_share(path: Path, v_out: Mapping[str, Tensor]) -> Picture:
     """Share of each subnetwork's squared norm that lies in each parameter tensor; a subnetwork's shares sum to 1.
 
     v_out: {parameter: [n_v, *shape]}. Beyond `MAX_TENSORS` tensors the smallest are summed into one row. Raises
     L3DError for values that are not finite.
     """
-    _require_finite(v_out)
-    energy = torch.stack([v.detach().double().cpu().flatten(1).square().sum(1) for v in v_out.values()])
-    shares = energy / energy.sum(0, keepdim=True).clamp_min(torch.finfo(energy.dtype).tiny)
+    require_finite(v_out)
+    shares = norm_shares(v_out).T
     names = [_short(name) for name in v_out]
     largest_share = float(shares.max())
     if len(names) > MAX_TENSORS:
@@ -354,7 +357,7 @@ def p_act_histogram(path: Path, p_act: Tensor, *, k: float | None = None) -> Pic
     p_act: [n_v] in [0, 1]; k: the fraction of coefficients that batch top-k keeps, which is the mean of P_act when both
     are taken on the same samples. Raises L3DError for values that are not finite.
     """
-    _require_finite({"P_act": p_act})
+    require_finite({"P_act": p_act})
     values = p_act.detach().double().cpu().numpy()
     dead = int((values == 0).sum())
     edges = np.linspace(0, max(float(values.max(initial=0.0)) * 1.05, 0.01), 25).tolist()
@@ -379,7 +382,8 @@ def p_act_histogram(path: Path, p_act: Tensor, *, k: float | None = None) -> Pic
 def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The columns of Lightning's metrics.csv as {name: (steps, values)}, each without its blank and non-finite cells.
 
-    Cells that are cut short (a killed run) are left out. Raises L3DError if the file is missing or has no step column.
+    Sorted by step; a step that a resumed run logged again counts as logged last. Raises L3DError if the file is
+    missing, cannot be read or has no step column.
     """
     if not path.is_file():
         raise L3DError(f"metrics: found no file {path}, so nothing to draw")
@@ -391,12 +395,14 @@ def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     names = rows[0] if rows else []
     if "step" not in names:
         raise L3DError(f"metrics: found columns {', '.join(names) or 'none'} in {path}, needed is 'step'")
-    columns: dict[str, list[tuple[float, float]]] = {}
+    columns: dict[str, dict[float, float]] = {}
     for row in rows[1:]:
         cells = {name: value for name, text in zip(names, row, strict=False) if (value := _float(text)) is not None}
-        for name in cells.keys() - {"step"} if "step" in cells else ():
-            columns.setdefault(name, []).append((cells["step"], cells[name]))
-    return {name: (np.array(pairs)[:, 0], np.array(pairs)[:, 1]) for name, pairs in columns.items()}
+        if "step" in cells:
+            step = cells.pop("step")
+            for name, value in cells.items():
+                columns.setdefault(name, {})[step] = value
+    return {name: (np.array(sorted(c)), np.array([c[step] for step in sorted(c)])) for name, c in columns.items()}
 
 
 def loss_curve(path: Path, metrics: Path) -> Picture:
@@ -421,14 +427,8 @@ def loss_curve(path: Path, metrics: Path) -> Picture:
             meaning = f"train, mean of {window} logged values" if window > 1 else "train"
             if window > 1:
                 ax.plot(steps, values, color=PALE, linewidth=0.8, label="train, as logged")
-            ax.plot(
-                steps[window - 1 :],
-                smooth,
-                color=ACCENT,
-                linewidth=1.8,
-                marker="" if window > 1 else ".",
-                label=meaning,
-            )
+            marker = "" if window > 1 else "."
+            ax.plot(steps[window - 1 :], smooth, color=ACCENT, linewidth=1.8, marker=marker, label=meaning)
             top = max(float(np.quantile(values, 0.99)), float(smooth.max()))
             words.append(f"train loss from {values[0]:.3g} to {smooth[-1]:.3g} at step {steps[-1]:,g}")
         if val is not None:
@@ -442,9 +442,8 @@ def loss_curve(path: Path, metrics: Path) -> Picture:
         ax.set_ylabel("reconstruction loss L\n(share of squared gradient norm)")
         ax.legend(frameon=False)
     sentence = "; ".join(words)
-    return Picture(
-        path, f"Loss curve: {sentence}.", f"{sentence[0].upper()}{sentence[1:]}. 0 is perfect, 1 explains nothing."
-    )
+    caption = f"{sentence[0].upper()}{sentence[1:]}. 0 is perfect, 1 explains nothing."
+    return Picture(path, f"Loss curve: {sentence}.", caption)
 
 
 # --- All of them ------------------------------------------------------------------------------------------------------
@@ -546,9 +545,3 @@ def _short(name: str, length: int = 40) -> str:
 
 def _numpy(tensor: Tensor) -> np.ndarray:
     return np.asarray(tensor.detach().double().cpu().numpy())
-
-
-def _require_finite(tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise L3DError(f"{name}: found values that are not finite")

@@ -90,11 +90,11 @@ class MLP(nn.Sequential):
 def features_represented(model: nn.Module, n_features: int) -> int:
     """Of how many features the model, trained on x -> x, gives back more than half when they are active alone.
 
-    The feature must be the largest output as well. One that found no place in the code comes out as a constant.
+    Counted is what a feature adds to the output for zeros, at its own place, if it adds most there. A feature that
+    found no room in the code comes out as a constant, and adds nothing.
     """
-    response = model(torch.eye(n_features))
-    own = response.diagonal()
-    return int(((own > 0.5) & (response.argmax(1) == torch.arange(n_features))).sum())
+    added = model(torch.eye(n_features)) - model(torch.zeros(1, n_features))
+    return int(((added.diagonal() > 0.5) & (added.argmax(1) == torch.arange(n_features))).sum())
 
 
 @torch.no_grad()

@@ -1,0 +1,211 @@
+"""What surrounds the training loop: checkpoints that survive anything, exact resume, stopping on a signal, the export."""
+
+import csv
+import os
+import random
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from l3d_pl.errors import L3DError
+
+
+class Stopped(Exception):
+    """A run ended early, on request, with everything saved."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints are written aside, flushed to the disk and renamed; they are read without unpickling code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f".{target.name}.writing")
+        try:
+            with open(aside, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # a full disk: the checkpoint before this one is still whole
+            aside.unlink(missing_ok=True)
+            raise L3DError(f"checkpoint: {target} cannot be written ({error.strerror}); the one before it is kept") from error
+        os.replace(aside, target)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        if not Path(path).is_file():
+            raise L3DError(f"checkpoint: there is no file {path}")
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise L3DError(f"checkpoint: {path} is damaged or no checkpoint ({reason})") from error
+
+
+class Checkpoints(ModelCheckpoint):
+    """`<default_root_dir>/checkpoints/last.ckpt`, every `every_n_train_steps` steps and at the end; `--ckpt_path last` finds it.
+
+    Args:
+        every_n_train_steps: steps between checkpoints.
+    """
+
+    def __init__(self, every_n_train_steps: int = 500):
+        if every_n_train_steps < 1:
+            raise L3DError(f"every_n_train_steps: found {every_n_train_steps}; at least 1 is needed")
+        super().__init__(
+            filename="last", every_n_train_steps=every_n_train_steps, save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=False
+        )
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.dirpath = os.path.join(trainer.default_root_dir, "checkpoints")
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._last_global_step_saved != trainer.global_step:
+            self.save_now(trainer)
+
+    def save_now(self, trainer: L.Trainer) -> str:
+        """Write the checkpoint at once; returns its path."""
+        self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+        return self.best_model_path
+
+    def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
+        path = os.path.join(trainer.default_root_dir, "checkpoints", "last.ckpt")
+        return {path} if os.path.isfile(path) else set()
+
+
+class RandomState(Callback):
+    """Saves the global random states of torch, NumPy and Python, and puts them back before the first resumed batch.
+
+    Lightning restores none of them; a target with dropout, or a data set that draws numbers, would go on differently.
+    """
+
+    def __init__(self) -> None:
+        self._pending: Mapping[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        name, keys, position, has_gauss, gauss = np.random.get_state()
+        state = {
+            "torch": torch.get_rng_state(),
+            "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+            "python": list(random.getstate()),
+        }
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state_all()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._pending = state_dict
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._pending is None:
+            return
+        state, self._pending = self._pending, None
+        torch.set_rng_state(state["torch"])
+        name, keys, position, has_gauss, gauss = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+        version, internal, gauss_next = state["python"]
+        random.setstate((version, tuple(internal), gauss_next))
+        if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class StopOnSignal(Callback):
+    """SIGTERM or SIGINT: finish the batch, save a checkpoint, end with `Stopped`. A second SIGINT ends at once.
+
+    The handler only sets a flag: nothing is saved inside a signal handler, where half a step may be done.
+    """
+
+    def __init__(self) -> None:
+        self._received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._install()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._install()
+
+    def _install(self) -> None:
+        """After Lightning's own handlers, which it sets when a fit begins."""
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            current = signal.getsignal(signum)
+            if current != self._handle:
+                self._before.setdefault(signum, current)
+                signal.signal(signum, self._handle)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self._received is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = signal.Signals(signum).name
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if self._received is None:
+            return
+        checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints)]
+        saved = checkpoints[0].save_now(trainer) if checkpoints else "nothing (no Checkpoints callback)"
+        raise Stopped(f"{self._received} after step {trainer.global_step}: saved {saved}")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+        self._before.clear()
+
+
+class ExportDecomposition(Callback):
+    """At the end of a fit, `<default_root_dir>/decomposition/`: what `Decomposition.from_pretrained` reads."""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            figures = {"steps": trainer.global_step}
+            pl_module.decomposition(figures=figures).save_pretrained(Path(trainer.default_root_dir, "decomposition"))  # type: ignore[operator]
+
+
+class RunLogger(CSVLogger):
+    """`<save_dir>/metrics.csv`, one file over all resumes of a run: rows up to the checkpoint's step are kept, later ones go.
+
+    Args:
+        save_dir: the run's directory.
+        flush_logs_every_n_steps: steps between writes.
+    """
+
+    def __init__(self, save_dir: str, flush_logs_every_n_steps: int = 100):
+        super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
+
+    def keep_until(self, step: int) -> None:
+        """Take over the rows of an earlier part of this run, up to `step`."""
+        self._kept = [row for row in self._old_rows if int(row["step"]) < step]
+        if self._kept:
+            writer = self.experiment
+            writer.metrics = self._kept + writer.metrics
+
+    @property
+    def _file(self) -> Path:
+        return Path(self.log_dir, "metrics.csv")
+
+    @property
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            self._old_rows: list[dict[str, Any]] = []
+            if self._file.is_file():
+                with open(self._file, newline="") as file:
+                    self._old_rows = [{key: value for key, value in row.items() if value != ""} for row in csv.DictReader(file) if row.get("step")]
+        return super().experiment
+
+
+class ContinueLogs(Callback):
+    """Tells the `RunLogger`s where a resumed run goes on."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger) and trainer.is_global_zero:
+                _ = logger.experiment
+                logger.keep_until(trainer.global_step)

@@ -1,0 +1,208 @@
+"""`l3d`: the command line.
+
+    l3d fit|validate|test --config CONFIG [--model.k 0.2 ...]   LightningCLI on the L3D module
+    l3d target --config CONFIG [--output FILE]                  train a target model
+    l3d score DIR                                               ground-truth table of a finished toy run
+    l3d report DIR                                              pictures and page of a finished run
+    l3d demo | l3d toys                                         what `make run` and `make toys` run
+
+CONFIG is a YAML file, or the name of a shipped one (`tms`, `configs/tms.yaml`). Bad input ends with one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from l3d_pl.configs_path import shipped_configs
+from l3d_pl.errors import L3DError, did_you_mean
+from l3d_pl.version import __version__
+
+LIGHTNING_COMMANDS = ("fit", "validate", "test")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (0, or 2 after one line about bad input)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    sys.argv = sys.argv[:1]  # LightningCLI is given its arguments, and warns when sys.argv holds some too
+    commands: dict[str, Callable[[list[str]], None]] = {name: lightning_command for name in LIGHTNING_COMMANDS}
+    commands |= {"target": target_command, "score": score_command, "report": report_command, "demo": demo_command, "toys": toys_command}
+    if not args or args[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if args[0] == "--version":
+        print(__version__)
+        return 0
+    try:
+        if args[0] not in commands:
+            raise L3DError(f"command: found {args[0]!r}, allowed are {', '.join(commands)}{did_you_mean(args[0], commands)}")
+        quiet()
+        commands[args[0]](args if args[0] in LIGHTNING_COMMANDS else args[1:])
+    except Exception as error:
+        from l3d_pl.callbacks import Stopped
+
+        if isinstance(error, Stopped):
+            print(f"l3d: {error}", flush=True)
+            return 0
+        if not is_bad_input(error):
+            raise
+        print(f"l3d: error: {one_line(str(error))}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def is_bad_input(error: Exception) -> bool:
+    """An `L3DError`, or a ValueError raised by a data module of ours (which know nothing of L3D)."""
+    if isinstance(error, L3DError):
+        return True
+    if not isinstance(error, ValueError) or error.__traceback__ is None:
+        return False
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__", "")).startswith(("datamodules", "l3d_pl"))
+
+
+def one_line(message: str) -> str:
+    return re.sub(r"\s+", " ", message).strip()
+
+
+def quiet() -> None:
+    """Keep Lightning's advertisements and notices about its own internals out of the way of what matters."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*Experiment logs directory.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+    warnings.filterwarnings("ignore", message=".*is a wandb run already.*")
+    for module in ("jsonargparse", "lightning", "torchdata", "torch.utils._pytree", "torch.jit"):
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=rf"{module}.*")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{module}.*")
+
+
+def resolve_configs(args: Sequence[str]) -> list[str]:
+    """Replace the names of shipped configs after `--config` by their paths.
+
+    Raises:
+        L3DError: neither a file nor a shipped config, with near matches.
+    """
+    result, expect = [], False
+    for arg in args:
+        if expect:
+            arg, expect = find_config(arg), False
+        elif arg in ("--config", "-c"):
+            expect = True
+        elif arg.startswith("--config="):
+            arg = "--config=" + find_config(arg.removeprefix("--config="))
+        result.append(arg)
+    return result
+
+
+def find_config(name: str) -> str:
+    """Path of a config file: itself, or the shipped config of that name."""
+    if Path(name).is_file():
+        return name
+    folder = shipped_configs()
+    relative = name.removeprefix("configs/").removesuffix(".yaml")
+    if (folder / f"{relative}.yaml").is_file():
+        return str(folder / f"{relative}.yaml")
+    shipped = [str(path.relative_to(folder).with_suffix("")) for path in sorted(folder.rglob("*.yaml"))]
+    raise L3DError(f"config: there is no file {name}; shipped are {', '.join(shipped)}{did_you_mean(relative, shipped)}")
+
+
+# -- fit, validate, test ------------------------------------------------------------------------------------------------
+
+
+def lightning_command(args: list[str]) -> None:
+    run(args)
+
+
+def run(args: Sequence[str]) -> Any:
+    """One of Lightning's commands with its arguments; returns the `LightningCLI` object when it is done."""
+    import torch
+
+    from l3d_pl.lightning_cli import L3DCLI
+
+    torch.set_float32_matmul_precision("highest")
+    return L3DCLI(resolve_configs(args))
+
+
+def target_command(args: list[str]) -> None:
+    from l3d_pl.lightning_cli import train_target
+
+    parser = OneLineParser(prog="l3d target", add_help=False)
+    parser.add_argument("--output", default=None)
+    known, rest = parser.parse_known_args(args)
+    print_target(train_target(resolve_configs(rest), known.output))
+
+
+def print_target(figures: dict[str, Any]) -> None:
+    rounded = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float))
+    print(f"target {figures['file']}: {rounded}", flush=True)
+
+
+# -- reading runs ---------------------------------------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise L3DError(f"{self.prog}: {message}")
+
+
+def score_command(args: list[str]) -> None:
+    from l3d_pl.report import print_score
+
+    parser = OneLineParser(prog="l3d score", description="Ground-truth table of a finished toy run.")
+    parser.add_argument("dir", help="a run's directory, such as runs/tms")
+    print_score(Path(parser.parse_args(args).dir))
+
+
+def report_command(args: list[str]) -> None:
+    from l3d_pl.report import write_report
+
+    parser = OneLineParser(prog="l3d report", description="Pictures and HTML page of a finished run.")
+    parser.add_argument("dir", help="a run's directory, such as runs/tms")
+    print(write_report(Path(parser.parse_args(args).dir)))
+
+
+def demo_command(args: list[str]) -> None:
+    """TMS and the digits CNN from nothing: targets, decompositions, tables, pages."""
+    from l3d_pl.report import print_summary
+
+    parser = OneLineParser(prog="l3d demo", description="Decompose TMS and the digits CNN.")
+    parser.add_argument("--root", default="runs", help="where the runs go")
+    root = Path(parser.parse_args(args).root)
+    finished = []
+    for name in ("tms", "digits_cnn"):
+        start = time.perf_counter()
+        os.environ["L3D_QUIET_SUMMARY"] = "1"
+        run(["fit", "--config", name, "--trainer.default_root_dir", str(root / name)])
+        finished.append((root / name, time.perf_counter() - start))
+    os.environ.pop("L3D_QUIET_SUMMARY", None)
+    for folder, seconds in finished:
+        print_summary(folder, seconds)
+
+
+def toys_command(args: list[str]) -> None:
+    from l3d_pl.toys import run_toys
+
+    parser = OneLineParser(prog="l3d toys", description="All toys, many seeds, both recipes, against the ground truth.")
+    parser.add_argument("--toys", nargs="+", default=None, help="names of shipped toy configs (default: all)")
+    parser.add_argument("--recipes", nargs="+", default=["l3d_pl", "paper"])
+    parser.add_argument("--seeds", type=int, default=16, help="decomposition seeds of each toy")
+    parser.add_argument("--targets", nargs="+", default=None, help="target seeds, or safetensors files (default: 42 and 1)")
+    parser.add_argument("--root", default="runs/toys", help="where tables and runs go")
+    known = parser.parse_args(args)
+    run_toys(known.toys, known.recipes, known.seeds, known.targets, Path(known.root))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""What a finished run is told by: its table, its score against the ground truth, its pictures and its page."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor
+
+from l3d_pl.analysis.alignment import ToyScore, number, score_toy
+from l3d_pl.decomposition import Decomposition
+from l3d_pl.errors import L3DError
+
+TOY_TASKS = ("tms", "tmcs", "high_rank", "squared")
+
+
+def load_run(run_dir: Path) -> Decomposition:
+    """The decomposition of a finished run, from its directory or from its `decomposition/` folder.
+
+    Raises:
+        L3DError: there is no such folder, or none in it.
+    """
+    for folder in (run_dir / "decomposition", run_dir):
+        if (folder / "config.json").is_file():
+            return Decomposition.from_pretrained(str(folder))
+    raise L3DError(f"run: {run_dir} holds no decomposition/config.json; it is written when `l3d fit` ends")
+
+
+def toy_of(decomposition: Decomposition) -> tuple[str, dict[str, Any]] | None:
+    """Task and data settings of a toy run, None of any other."""
+    data = (decomposition.run_config or {}).get("data") or {}
+    settings = dict(data.get("init_args") or {})
+    is_toy = str(data.get("class_path", "")).endswith("ToyData") and settings.get("task", "tms") in TOY_TASKS
+    return (settings.get("task", "tms"), settings) if is_toy else None
+
+
+def target_tensors(decomposition: Decomposition) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The target's tensors and its ground truth, from the file that the run names; both empty without one."""
+    path = ((decomposition.run_config or {}).get("model") or {}).get("target_weights")
+    if not path:
+        return {}, {}
+    if not Path(path).is_file():
+        raise L3DError(f"target_weights: the run's target {path} is not there any more (looked from {Path.cwd()})")
+    tensors = load_file(path)
+    truth = {name.removeprefix("truth."): tensors.pop(name) for name in list(tensors) if name.startswith("truth.")}
+    return tensors, truth
+
+
+def score_run(run_dir: Path) -> ToyScore:
+    """Ground-truth score of a finished toy run, also written to `<run_dir>/score.json`.
+
+    Raises:
+        L3DError: no toy run, or its target is gone.
+    """
+    decomposition = load_run(run_dir)
+    toy = toy_of(decomposition)
+    if toy is None:
+        raise L3DError(f"score: {run_dir} is no toy run, so there is no ground truth (data is not datamodules.toy.ToyData)")
+    tensors, truth = target_tensors(decomposition)
+    loss = decomposition.figures.get("val/loss")
+    score = score_toy(
+        toy[0],
+        decomposition.directions(),
+        tensors,
+        truth,
+        decomposition.p_act > 0,
+        loss=None if loss is None else float(loss),
+        group_size=toy[1].get("group_size") or 1,
+    )
+    aside = run_dir / ".score.json.writing"
+    aside.write_text(json.dumps(score.to_dict(), indent=2) + "\n")
+    os.replace(aside, run_dir / "score.json")
+    return score
+
+
+def print_score(run_dir: Path) -> None:
+    """`l3d score`."""
+    Console().print(score_run(run_dir))
+
+
+def write_report(run_dir: Path) -> Path:
+    """Pictures and the page `<run_dir>/atlas/index.html`; returns the page's path."""
+    from l3d_pl.atlas.page import subnetwork_table, write_page
+    from l3d_pl.atlas.pictures import draw_run
+
+    decomposition = load_run(run_dir)
+    toy, v_out = toy_of(decomposition), decomposition.directions()
+    score = score_run(run_dir) if toy else None
+    target, _ = target_tensors(decomposition) if toy else ({}, {})
+    pictures = draw_run(
+        run_dir / "atlas",
+        v_out=v_out,
+        target=target,
+        p_act=decomposition.p_act,
+        metrics=run_dir / "metrics.csv",
+        circuits=score.circuits() if score else None,
+        k=decomposition.k,
+        group_size=(toy[1].get("group_size") or 1) if toy else 1,
+    )
+    versions = decomposition.provenance["versions"]
+    facts = {
+        "Target model": f"{decomposition.target_class}, fingerprint {str(decomposition.target_fingerprint)[:12]}",
+        "Tensors": ", ".join(f"{name} {list(shape)}" for name, shape in decomposition.subnetworks.shapes.items()),
+        "Subnetworks, k": f"{decomposition.n_subnetworks}, {decomposition.k:g}",
+        "Divergence, reference": f"{decomposition.divergence.name}, {decomposition.reference}",
+        "Held-out loss": number(decomposition.figures.get("val/loss")),
+        "Dead": f"{int((decomposition.p_act == 0).sum())} of {decomposition.n_subnetworks}",
+        "Steps": str(decomposition.figures.get("steps", "")),
+        "Seed": str(decomposition.seed),
+        "Made with": f"l3d_pl {versions.get('l3d_pl')}, torch {versions.get('torch')}, commit {decomposition.provenance['git_commit'] or 'none'}",
+    }
+    return write_page(
+        run_dir,
+        title=run_dir.resolve().name,
+        facts=facts,
+        score_rows=score.rows() if score else (),
+        pictures=pictures,
+        tables=[subnetwork_table(v_out, decomposition.p_act, score)],
+    )
+
+
+def samples_per_second(run_dir: Path) -> float | None:
+    """Median over the logged values of a run, None without any."""
+    path = run_dir / "metrics.csv"
+    if not path.is_file():
+        return None
+    with open(path, newline="") as file:
+        values = [float(row["train/samples_per_second"]) for row in csv.DictReader(file) if row.get("train/samples_per_second")]
+    return float(torch.tensor(values).median()) if values else None
+
+
+def print_summary(run_dir: Path, seconds: float) -> None:
+    """What `l3d fit` ends with: the run's figures, and where everything is."""
+    decomposition = load_run(run_dir)
+    table = Table(title=f"{run_dir.resolve().name}: {decomposition.n_subnetworks} subnetworks", title_justify="left", show_header=False)
+    loss = decomposition.figures.get("val/loss")
+    table.add_row("held-out loss (squared error / squared norm)", number(loss))
+    toy = toy_of(decomposition)
+    if toy:
+        score = score_run(run_dir)
+        table.add_row(f"{score.circuit_kind}s recovered", f"{int(score.figures['recovered'] or 0)} of {score.n_circuits}")
+        for name, text in (("cos", "|cos| with the target's features"), ("mmcs", "MMCS"), ("r2_ratio", "r² of A, share of the target's own")):
+            if score.figures.get(name) is not None:
+                table.add_row(text, number(score.figures[name]))
+    dead = int((decomposition.p_act == 0).sum())
+    table.add_row("dead subnetworks", f"{dead} of {decomposition.n_subnetworks}")
+    speed = samples_per_second(run_dir)
+    table.add_row("time", f"{seconds:.1f} s, {decomposition.figures.get('steps', '?')} steps" + (f", {speed:,.0f} samples/s" if speed else ""))
+    table.add_row("page, pictures", str(run_dir / "atlas" / "index.html"))
+    table.add_row("decomposition", str(run_dir / "decomposition"))
+    Console(soft_wrap=True).print(table)
