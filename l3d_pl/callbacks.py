@@ -164,7 +164,10 @@ class ExportDecomposition(Callback):
     """At the end of a fit, `<default_root_dir>/decomposition/`: what `Decomposition.from_pretrained` reads."""
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        pl_module.ensure_validated()  # type: ignore[operator]
+        if trainer.is_global_zero:
             figures = {"steps": trainer.global_step}
             pl_module.decomposition(figures=figures).save_pretrained(Path(trainer.default_root_dir, "decomposition"))  # type: ignore[operator]
 

@@ -53,21 +53,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, Stopped):
             print(f"l3d: {error}", flush=True)
             return 0
-        if not is_bad_input(error):
+        bad_input = bad_input_in(error)
+        if bad_input is None:
             raise
-        print(f"l3d: error: {one_line(str(error))}", file=sys.stderr, flush=True)
+        print(f"l3d: error: {one_line(str(bad_input))}", file=sys.stderr, flush=True)
         return 2
     return 0
 
 
-def is_bad_input(error: Exception) -> bool:
-    """An `L3DError`, or a ValueError raised by a data module of ours (which know nothing of L3D)."""
-    if isinstance(error, L3DError):
-        return True
-    if not isinstance(error, ValueError) or error.__traceback__ is None:
-        return False
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return str(frames[-1][0].f_globals.get("__name__", "")).startswith(("datamodules", "l3d_pl"))
+def bad_input_in(error: BaseException | None) -> Exception | None:
+    """The bad input behind an error, if that is what it is about: an `L3DError`, or a ValueError of one of our data modules.
+
+    jsonargparse wraps what a constructor raises, so the chain of causes is searched.
+    """
+    while error is not None:
+        if isinstance(error, L3DError):
+            return error
+        if isinstance(error, ValueError) and error.__traceback__ is not None:
+            last = list(traceback.walk_tb(error.__traceback__))[-1][0]
+            if str(last.f_globals.get("__name__", "")).startswith("datamodules"):
+                return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def one_line(message: str) -> str:

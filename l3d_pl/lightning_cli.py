@@ -19,7 +19,11 @@ from l3d_pl.lightning_module import L3D
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one line, with near matches for misspelt keys."""
+    """A parser whose errors are one line, with near matches for misspelt keys, which are never taken for abbreviations."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         options = {option.lstrip("-") for parser in self._all_parsers() for action in parser._actions for option in action.option_strings}

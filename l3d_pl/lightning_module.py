@@ -6,7 +6,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 import torch
@@ -36,6 +37,17 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Start from the gradients, anneal k, and swap subnetworks where that lowers the loss.
     "l3d_pl": {"init": "gradients", "k_start": 0.5, "lr_schedule": "cosine", "swap_every": 25},
 }
+
+
+@dataclass
+class Progress:
+    """Where a fit stands: plain numbers, asked for in every step (each of Lightning's own takes a chain of properties)."""
+
+    step: int = 0
+    total_steps: int = 0
+    log_every: int = 50
+    samples: int = 0  # since P_act was last logged
+    clock: tuple[int, float] = (0, 0.0)  # step and time of the last logged throughput
 
 
 class L3D(L.LightningModule):
@@ -80,7 +92,7 @@ class L3D(L.LightningModule):
         n_subnetworks: int = 100,
         k: float = 0.1,
         ranks: Ranks = 1,
-        divergence: Literal["mse", "kl"] | Divergence = "mse",
+        divergence: str | Divergence = "mse",
         reference: str = "random",
         sample: str = "item",
         recipe: str = "l3d_pl",
@@ -135,6 +147,7 @@ class L3D(L.LightningModule):
         self.threshold = RunningThreshold(restarts)
         self.train_activity, self.val_activity = Activity(restarts, n_subnetworks), Activity(restarts, n_subnetworks)
         self.val_loss, self.val_threshold_loss = Reconstruction(restarts), Reconstruction(restarts)
+        self.register_buffer("active_samples", torch.zeros(restarts, n_subnetworks, dtype=torch.long))
         self.register_buffer("silent_samples", torch.zeros(restarts, n_subnetworks, dtype=torch.long))
         self.register_buffer("held_out_loss", torch.full((restarts,), math.nan))
         self.register_buffer("p_act", torch.zeros(restarts, n_subnetworks))
@@ -144,8 +157,8 @@ class L3D(L.LightningModule):
         self.run_config: dict[str, Any] | None = None  # the command line's configuration, kept with the results
         self._random: dict[str, torch.Generator] = {}
         self._anchors: list[Anchor] = []
-        self._total_steps = 0
-        self._clock = (0, 0.0)
+        self._progress = Progress()
+        self._validated_step = -1
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -162,15 +175,15 @@ class L3D(L.LightningModule):
             auxiliary = auxiliary_loss(self.subnetworks, prepared, step, self.dead(), min(1.0, 2 * self.k))
             if auxiliary is not None:
                 loss = loss + self.aux_coefficient * auxiliary
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self._progress.step % self._progress.log_every == 0:
             self._log_step(step, prepared)
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimizer's step, then unit norms, then repairs."""
         super().optimizer_step(*args, **kwargs)
-        step = self.trainer.global_step
-        if self.swap_every and step % self.swap_every == 0 and self.sparse and step <= 0.75 * self._total_steps:
+        step = self._progress.step = self.trainer.global_step + 1  # Lightning counts this step only afterwards
+        if self.swap_every and step % self.swap_every == 0 and self.sparse and step <= 0.75 * self._progress.total_steps:
             self._swap()
         if self.revive_every and step % self.revive_every == 0:
             self._revive()
@@ -182,11 +195,11 @@ class L3D(L.LightningModule):
             return 1.0
         if self.k_start == 1.0:
             return self.k
-        return self.k * self.k_start ** (1 - min(1.0, 2 * self.trainer.global_step / max(1, self._total_steps)))
+        return self.k * self.k_start ** (1 - min(1.0, 2 * self._progress.step / max(1, self._progress.total_steps)))
 
     @property
     def sparse(self) -> bool:
-        return self.current_epoch >= self.dense_epochs
+        return not self.dense_epochs or self.current_epoch >= self.dense_epochs
 
     def dead(self) -> Tensor:
         """Subnetworks that took part in none of the last `dead_after` samples, [R, n_v]."""
@@ -215,9 +228,9 @@ class L3D(L.LightningModule):
     @torch.no_grad()
     def _count(self, step: Step) -> None:
         active, samples = step.mask.sum(0), step.mask.shape[0]
-        self.train_activity.update(active, samples)
-        self.silent_samples += samples
-        self.silent_samples *= active == 0
+        self.active_samples.add_(active)
+        self._progress.samples += samples
+        self.silent_samples.add_(samples).mul_(active == 0)
         if self.sparse:
             self.threshold.update(step.threshold)
 
@@ -231,13 +244,15 @@ class L3D(L.LightningModule):
         self.target.to(self.device)
 
     def on_train_start(self) -> None:
-        self._total_steps = self._estimate_steps()
+        self._progress = Progress(
+            self.trainer.global_step, self._estimate_steps(), self.trainer.log_every_n_steps or 2**62, self._progress.samples
+        )  # type: ignore[attr-defined]
         if self.init == "gradients" or self.swap_every or self.revive_every:
             self._anchors = self._collect_anchors()
         if self.trainer.global_step == 0 and self.init == "gradients":
             for restart, anchor in enumerate(self._anchors):
                 start_from_gradients(self.subnetworks, restart, anchor.prepared, self._generator("k-lines", restart))
-        self._clock = (self.trainer.global_step, time.perf_counter())
+        self._progress.clock = (self._progress.step, time.perf_counter())
 
     def _estimate_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches
@@ -249,8 +264,9 @@ class L3D(L.LightningModule):
 
     def _collect_anchors(self) -> list[Anchor]:
         """Gradients of the first training samples, `init_samples` for each restart; the same after a resume."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        loader = datamodule.train_dataloader() if datamodule is not None else self.trainer.train_dataloader
+        data = getattr(self.trainer, "datamodule", None)
+        # Our data modules have a loader of its own for this, since a second `train_dataloader` would be taken for training.
+        loader = data.first_dataloader() if hasattr(data, "first_dataloader") else self.trainer.train_dataloader
         random, parts, seen = self._generator("anchor references"), [], 0
         wanted = self.init_samples * self.subnetworks.restarts
         for batch_idx, batch in enumerate(loader):  # type: ignore[arg-type]
@@ -345,7 +361,7 @@ class L3D(L.LightningModule):
             self._held_out_outputs.append((self.extractor.divergence.to_mean(extraction.outputs).sum(0), prepared.n_samples))
 
     def on_validation_epoch_end(self) -> None:
-        self._end_evaluation("val")
+        self.log_dict(self._end_evaluation("val"))
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -353,9 +369,10 @@ class L3D(L.LightningModule):
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        self._end_evaluation("test")
+        self.log_dict(self._end_evaluation("test"))
 
-    def _end_evaluation(self, stage: str) -> None:
+    def _end_evaluation(self, stage: str) -> dict[str, Tensor]:
+        """Figures of an evaluation, by the names under which they are logged; also kept for `decomposition`."""
         restarts = self.subnetworks.restarts  # (torchmetrics drops dimensions of size one)
         loss, alone = self.val_loss.compute().view(restarts), self.val_threshold_loss.compute().view(restarts)
         activity = {name: value.view(restarts, -1) for name, value in self.val_activity.compute().items()}
@@ -365,28 +382,42 @@ class L3D(L.LightningModule):
         self._held_out_outputs.clear()
         self.held_out_loss.copy_(loss)
         self.p_act.copy_(activity["p_act"])
-        self.log_dict(
-            {
-                f"{stage}/loss": loss[best],
-                f"{stage}/norm_ratio": loss[best].sqrt(),
-                f"{stage}/loss_at_threshold": alone[best],
-                f"{stage}/l0_at_threshold": activity["l0"][best, 0],
-                f"{stage}/dead_fraction": activity["dead_fraction"][best, 0],
-            }
-        )
-        if self.subnetworks.restarts > 1:
-            self.log_dict({f"{stage}/loss/restart_{r}": value for r, value in enumerate(loss)})
-        self._log_p_act(stage, activity["p_act"][best])
+        self._validated_step = self._progress.step
         for metric in (self.val_loss, self.val_threshold_loss, self.val_activity):
             metric.reset()
+        self._log_p_act(stage, activity["p_act"][best])
+        figures = {
+            f"{stage}/loss": loss[best],
+            f"{stage}/norm_ratio": loss[best].sqrt(),
+            f"{stage}/loss_at_threshold": alone[best],
+            f"{stage}/l0_at_threshold": activity["l0"][best, 0],
+            f"{stage}/dead_fraction": activity["dead_fraction"][best, 0],
+        }
+        if self.subnetworks.restarts > 1:
+            figures |= {f"{stage}/loss/restart_{r}": value for r, value in enumerate(loss)}
+        return figures
+
+    def ensure_validated(self) -> None:
+        """Validate the final weights, if the last validation saw earlier ones (a run may end, or resume, between two)."""
+        data = getattr(self.trainer, "datamodule", None)
+        loaders = data.val_dataloader() if data is not None else self.trainer.val_dataloaders
+        if self._validated_step == self._progress.step or loaders is None:
+            return
+        self.on_validation_epoch_start()
+        for batch_idx, batch in enumerate(loaders):
+            self.validation_step(self.trainer.strategy.batch_to_device(batch), batch_idx)
+        figures = {name: float(value) for name, value in self._end_evaluation("val").items()}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(figures, self._progress.step)
+            logger.save()
 
     # -- logging ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _log_step(self, step: Step, prepared: Prepared) -> None:
         best = int(step.loss.argmin())
-        now, then = (self.trainer.global_step, time.perf_counter()), self._clock
-        self._clock = now
+        now, then = (self._progress.step, time.perf_counter()), self._progress.clock
+        self._progress.clock = now
         values: dict[str, Any] = {
             "train/loss": step.loss[best],
             "train/norm_ratio": step.loss[best].clamp_min(0).sqrt(),
@@ -406,11 +437,14 @@ class L3D(L.LightningModule):
         self.log("loss", step.loss[best], prog_bar=True, logger=False)
 
     def on_train_epoch_end(self) -> None:
-        if self.trainer.loggers and self.trainer.log_every_n_steps and self.train_activity.update_count:  # type: ignore[attr-defined]
-            period = max(1, self.trainer.check_val_every_n_epoch or 1)
-            if (self.current_epoch + 1) % period == 0:
-                self._log_p_act("train", self.train_activity.compute()["p_act"].view(self.subnetworks.restarts, -1)[self.best_restart])
-                self.train_activity.reset()
+        period = max(1, self.trainer.check_val_every_n_epoch or 1)
+        if self.trainer.loggers and (self.current_epoch + 1) % period == 0:
+            self.train_activity.update(self.active_samples, self._progress.samples)
+            p_act = self.train_activity.compute()["p_act"].view(self.subnetworks.restarts, -1)
+            self._log_p_act("train", p_act[self.best_restart])
+            self.train_activity.reset()
+            self.active_samples.zero_()
+            self._progress.samples = 0
 
     def _log_p_act(self, stage: str, p_act: Tensor) -> None:
         """P_act of every subnetwork, one value each, and as a histogram where the logger draws them."""
@@ -449,6 +483,8 @@ class L3D(L.LightningModule):
         checkpoint["l3d"] = {
             "target_fingerprint": fingerprint(self.target),
             "random": {name: generator.get_state() for name, generator in self._random.items()},
+            "p_act_samples": self._progress.samples,
+            "validated_step": self._validated_step,
             "mean_reference": self.mean_reference,
         }
 
@@ -461,7 +497,8 @@ class L3D(L.LightningModule):
             raise L3DError(
                 f"checkpoint: it is of another target model, fingerprint {state['target_fingerprint'][:12]}; this target's is {mine[:12]}"
             )
-        self.mean_reference = state["mean_reference"]
+        self.mean_reference, self._validated_step = state["mean_reference"], state["validated_step"]
+        self._progress = Progress(step=checkpoint["global_step"], samples=state["p_act_samples"])
         self._random = {}
         for name, value in state["random"].items():
             self._random[name] = torch.Generator()

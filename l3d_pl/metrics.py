@@ -25,8 +25,8 @@ class Reconstruction(Metric):
 
     def update(self, loss: Tensor, energy: Tensor) -> None:
         """Take in a batch's loss [R] and its sum of squared gradient norms."""
-        self.error += loss.detach().double() * energy.double()
-        self.energy += energy.double()
+        self.error.add_(loss.detach().double() * energy.double())
+        self.energy.add_(energy.double())
 
     def compute(self) -> Tensor:
         return self.error / self.energy.clamp_min(torch.finfo(torch.float32).tiny)
@@ -46,8 +46,8 @@ class Activity(Metric):
 
     def update(self, active: Tensor, samples: int) -> None:
         """Take in the number of a batch's samples in which each subnetwork took part, [R, n_v]."""
-        self.counts += active
-        self.samples += samples
+        self.counts.add_(active)
+        self.samples.add_(samples)
 
     def compute(self) -> Mapping[str, Tensor]:
         p_act = self.counts / self.samples.clamp_min(1)

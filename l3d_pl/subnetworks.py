@@ -259,7 +259,7 @@ class Subnetworks(nn.Module):
         """Lay out a batch of per-sample gradients for contraction."""
         dense = [name for name in self.shapes if self.is_dense(name, gradients[name])]
         names = (*dense, *(name for name in self.shapes if name not in dense))
-        parts = [gradients[name].dense().flatten(1) for name in dense]
+        parts = [gradients[name].dense().reshape(gradients[name].n_samples, -1) for name in dense]
         block = None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         factored = {name: gradients[name] for name in names[len(dense) :]}
         n_samples = next(iter(gradients.values())).n_samples

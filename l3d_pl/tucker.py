@@ -102,7 +102,7 @@ class Tucker(NamedTuple):
             head = math.prod(self.ranks[:mode])
             small = (factor.mT @ factor).unsqueeze(1)  # [n, 1, R_m, R_m]
             tensor = (small @ tensor.reshape(self.n, head, self.ranks[mode], -1)).reshape(self.core.shape)
-        return (tensor * self.core).flatten(1).sum(1)
+        return (tensor * self.core).reshape(self.n, -1).sum(1)
 
     def scaled(self, scale: Tensor) -> "Tucker":
         """Each tensor times its entry of `scale` [n]."""

@@ -16,7 +16,9 @@ from l3d_pl.tucker import Tucker
 
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": lambda output, reference: ((output - reference) ** 2).sum(),
-    "kl": lambda output, reference: F.kl_div(output.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="sum"),
+    "kl": lambda output, reference: F.kl_div(
+        output.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="sum"
+    ),
 }
 
 
@@ -34,22 +36,25 @@ def autograd_loop(model: nn.Module, inputs: Any, references: Tensor, divergence:
         else:
             output = model(inputs[i : i + 1].clone())
         output = output["logits"] if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else output
-        DIVERGENCES[divergence](output, references[i : i + 1]).backward()
+        if output.requires_grad:
+            DIVERGENCES[divergence](output, references[i : i + 1]).backward()
         for name, parameter in model.named_parameters():
             rows[name].append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
     return {name: torch.stack(row) for name, row in rows.items()}
 
 
-def assert_same(found: Tensor, expected: Tensor, rtol: float = 1e-6) -> None:
-    """Equal to `rtol` of the expected tensor's largest value."""
-    scale = float(expected.abs().max()) if expected.numel() else 1.0
+def assert_same(found: Tensor, expected: Tensor, rtol: float = 1e-6, scale: float | None = None) -> None:
+    """Equal to `rtol` of `scale` (default: the expected tensor's largest value)."""
+    scale = float(expected.abs().max()) if scale is None else scale
     torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol * max(scale, 1e-12))
 
 
 def dense_tucker(tucker: Tucker) -> Tensor:
     """G x1 U1 x2 U2 ... of every tensor by tensorly, [n, *shape]."""
     with tensorly.backend_context("pytorch"):
-        return torch.stack([tucker_to_tensor((core, [u[k] for u in tucker.factors])) for k, core in enumerate(tucker.core)])
+        return torch.stack(
+            [tucker_to_tensor((core, [u[k] for u in tucker.factors])) for k, core in enumerate(tucker.core)]
+        )
 
 
 def dense_directions(directions: Directions) -> dict[str, Tensor]:
@@ -73,8 +78,10 @@ def random_tucker(n: int, shape: tuple[int, ...], ranks: tuple[int, ...], dtype:
     return Tucker(torch.randn(n, *ranks, dtype=dtype), factors)
 
 
-def random_gradient(kind: str, n: int, shape: tuple[int, ...], positions: int = 1, dtype: torch.dtype = torch.float64) -> SampleGradient:
-    """Random gradients of a parameter of `shape`: `dense`, `outer`, or `transposed` (outer, stored as columns x rows)."""
+def random_gradient(
+    kind: str, n: int, shape: tuple[int, ...], positions: int = 1, dtype: torch.dtype = torch.float64
+) -> SampleGradient:
+    """Random gradients of a parameter of `shape`: `dense`, `outer`, or `transposed` (outer, of columns x rows)."""
     if kind == "dense":
         return DenseGradient(torch.randn(n, *shape, dtype=dtype))
     outputs, inputs = shape if kind == "outer" else shape[::-1]
@@ -83,15 +90,22 @@ def random_gradient(kind: str, n: int, shape: tuple[int, ...], positions: int = 
 
 
 # How a batch is laid out for contraction: which parameters join the dense block, the others stay factored.
-LAYOUTS: dict[str, Callable[[str], bool]] = {"dense": lambda name: True, "factored": lambda name: False, "mixed": lambda name: name != "a.weight"}
+LAYOUTS: dict[str, Callable[[str], bool]] = {
+    "dense": lambda name: True,
+    "factored": lambda name: False,
+    "mixed": lambda name: name != "a.weight",
+}
 
 
 def decomposition_problem(
     layout: str, restarts: int = 1, samples: int = 7, dtype: torch.dtype = torch.float64, n_subnetworks: int = 5
 ) -> tuple[Subnetworks, dict[str, SampleGradient]]:
-    """Subnetworks with V_in != V_out, and gradients of two matrices; but for the factored layout of a vector and a 4-mode tensor too."""
+    """Subnetworks with V_in != V_out, and gradients: two matrices; also a vector and 4 modes where some are dense."""
     shapes: dict[str, tuple[int, ...]] = {"a.weight": (6, 4), "b.weight": (3, 5)}
-    gradients = {"a.weight": random_gradient("outer", samples, (6, 4), 3, dtype), "b.weight": random_gradient("transposed", samples, (3, 5), 2, dtype)}
+    gradients = {
+        "a.weight": random_gradient("outer", samples, (6, 4), 3, dtype),
+        "b.weight": random_gradient("transposed", samples, (3, 5), 2, dtype),
+    }
     if layout != "factored":
         shapes |= {"a.bias": (6,), "conv": (2, 3, 2, 2)}
         gradients |= {name: random_gradient("dense", samples, shapes[name], dtype=dtype) for name in ("a.bias", "conv")}

@@ -3,6 +3,7 @@
 The sizes share factors with the batch on purpose: a sample dimension mistaken for another one would show.
 """
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +27,9 @@ W, SQUARE, BIAS = {"W": (4, 8)}, {"W": (8, 8)}, {"b": (8,)}
 class Use(nn.Module):
     """A model of one expression: `forward(model, x)` over the given parameters, and a buffer `mask` [8, 8]."""
 
-    def __init__(self, forward: Callable[[Any, Tensor], Tensor], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype):
+    def __init__(
+        self, forward: Callable[[Any, Tensor], Tensor], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
+    ):
         super().__init__()
         self.expression = forward
         for name, shape in shapes.items():
@@ -43,6 +46,8 @@ class Case:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=lambda: W)
     input: tuple[int, ...] = (8,)
     parameters: str = "*"
+    # The same without writing in place, for the loop, where autograd itself refuses what the model does.
+    plain: Callable[[Any, Tensor], Tensor] | None = None
 
     def build(self, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
         return Use(self.forward, self.shapes, dtype).requires_grad_(False), torch.randn(N, *self.input, dtype=dtype)
@@ -51,15 +56,21 @@ class Case:
 def inplace_residual(m: Any, x: Tensor) -> Tensor:
     h = x * 2
     h += (h @ m.W).tanh()
-    h += (h @ m.W).tanh()
+    h += F.linear(input=h, weight=m.W).tanh()
     return h
+
+
+def residual(m: Any, x: Tensor) -> Tensor:
+    h = x * 2
+    h = h + (h @ m.W).tanh()
+    return h + F.linear(h, m.W).tanh()
 
 
 def inplace_operand(m: Any, x: Tensor) -> Tensor:
     h = x * 2
-    y = h @ m.W
+    y, z = h @ m.W, h * m.b
     h.zero_()
-    return y + h
+    return y + z + h
 
 
 def inplace_input(m: Any, x: Tensor) -> Tensor:
@@ -116,7 +127,9 @@ def unused_branch(m: Any, x: Tensor) -> Tensor:
 CAPTURED: dict[str, Case] = {
     "linear": Case(lambda m, x: F.linear(x, m.W, m.b), {"W": (4, 8), "b": (4,)}),
     "linear-positions": Case(lambda m, x: F.linear(x, m.W, m.b), {"W": (4, 8), "b": (4,)}, (2, 3, 8)),
-    "linear-keywords": Case(lambda m, x: F.linear(input=F.linear(x, weight=m.W).tanh(), weight=m.W, bias=m.b), SQUARE | BIAS),
+    "linear-keywords": Case(
+        lambda m, x: F.linear(input=F.linear(x, weight=m.W).tanh(), weight=m.W, bias=m.b), SQUARE | BIAS
+    ),
     "linear-flattened": Case(lambda m, x: F.linear(x.reshape(-1, 8), m.W).reshape(x.shape[0], -1), W, (4, 8)),
     "matmul-right": Case(lambda m, x: x @ m.W, SQUARE),
     "matmul-right-positions": Case(lambda m, x: torch.matmul(x, m.W), SQUARE, (4, 8)),
@@ -150,7 +163,10 @@ CAPTURED: dict[str, Case] = {
     "slice": Case(lambda m, x: x @ m.W[:, 2:5], SQUARE),
     "index": Case(lambda m, x: (x @ m.W[1]) + m.W[0, 0] * x, {"W": (2, 8, 8)}),
     "chunk": Case(lambda m, x: torch.cat([x @ m.W.chunk(2)[0].T, (x @ m.W.chunk(2)[1].T).sin()], -1), SQUARE),
-    "split-unbind": Case(lambda m, x: torch.stack([x @ w for w in m.W.unbind()]).sum(0) + x * m.b.split(8)[1], {"W": (2, 8, 8), "b": (16,)}),
+    "split-unbind": Case(
+        lambda m, x: torch.stack([x @ w for w in m.W.unbind()]).sum(0) + x * m.b.split(8)[1],
+        {"W": (2, 8, 8), "b": (16,)},
+    ),
     "expand": Case(lambda m, x: x @ m.b.expand(8, -1), BIAS),
     "gram": Case(lambda m, x: x @ (m.W @ m.W.T), {"W": (8, 4)}),
     "masked": Case(lambda m, x: x @ (m.W * m.mask), SQUARE),
@@ -165,9 +181,9 @@ CAPTURED: dict[str, Case] = {
     "detached-use": Case(lambda m, x: (x @ m.W).tanh() + (x @ m.W.detach()).sin() * (x @ m.W.data), SQUARE),
     "recurrent": Case(recurrent, SQUARE | BIAS),
     "without-grad": Case(without_grad, SQUARE),
-    "inplace-residual": Case(inplace_residual, SQUARE),
-    "inplace-operand": Case(inplace_operand, SQUARE),
-    "inplace-input": Case(inplace_input, SQUARE),
+    "inplace-residual": Case(inplace_residual, SQUARE, plain=residual),
+    "inplace-operand": Case(inplace_operand, SQUARE | BIAS, plain=lambda m, x: 2 * x @ m.W + 2 * x * m.b),
+    "inplace-input": Case(inplace_input, SQUARE, plain=lambda m, x: (x @ m.W) * (x + 1)),
     "inplace-first": Case(inplace_first, BIAS),
     "inplace-activation": Case(inplace_activation, SQUARE | BIAS),
     "inplace-parts": Case(inplace_parts, SQUARE | BIAS),
@@ -185,7 +201,9 @@ ORACLE: dict[str, Case] = {
     "inplace-mul": Case(lambda m, x: (x * 1).mul_(m.b), BIAS),
     "expand-over-samples": Case(lambda m, x: (x + m.b.expand(x.shape[0], -1)).sin(), BIAS),
     "class-token": Case(lambda m, x: torch.cat([m.P.expand(x.shape[0], -1, -1), x], 1), {"P": (1, 1, 8)}, (3, 8)),
-    "written-into-data": Case(lambda m, x: torch.zeros_like(x).index_copy(1, torch.arange(8), x * 2 + m.b.expand_as(x)), BIAS),
+    "written-into-data": Case(
+        lambda m, x: torch.zeros_like(x).index_copy(1, torch.arange(8), x * 2 + m.b.expand_as(x)), BIAS
+    ),
     "masked-copy": Case(masked_copy, SQUARE),
     "masked-copy-method": Case(masked_copy_method, SQUARE),
     "unused-output": Case(unused_branch, W),
@@ -198,7 +216,9 @@ def extract(case: Case, dtype: torch.dtype, train: bool = False) -> tuple[dict[s
     model, x = case.build(dtype)
     model.requires_grad_(train)
     references = torch.randn_like(model(x.clone()))
-    expected = autograd_loop(model, x, references)
+    plain = copy.deepcopy(model)
+    plain.expression = case.plain or case.forward
+    expected = autograd_loop(plain, x, references)
     extractor = GradientExtractor(model, select_parameters(model, case.parameters))
     before = x.clone()
     with warnings.catch_warnings(record=True) as caught:
@@ -218,7 +238,7 @@ def test_operation_equals_loop(name: str, dtype: torch.dtype, rtol: float) -> No
     for parameter, gradient in found.items():
         assert not gradient.dense().requires_grad
         assert_same(gradient.dense(), expected[parameter], rtol)
-        assert_same(gradient.squared_norms(), expected[parameter].flatten(1).square().sum(1), rtol)
+        assert_same(gradient.squared_norms(), expected[parameter].reshape(N, -1).square().sum(1), rtol)
     if name in CAPTURED:
         assert not messages
     else:
@@ -227,7 +247,20 @@ def test_operation_equals_loop(name: str, dtype: torch.dtype, rtol: float) -> No
         assert any(parameter in message for parameter in found)
 
 
-@pytest.mark.parametrize("name", ["linear", "linear-keywords", "tied", "mul-hidden", "low-rank", "masked", "inplace-residual", "inplace-first", "einsum"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear",
+        "linear-keywords",
+        "tied",
+        "mul-hidden",
+        "low-rank",
+        "masked",
+        "inplace-residual",
+        "inplace-first",
+        "einsum",
+    ],
+)
 def test_parameters_that_require_grad_are_captured_the_same_way(name: str) -> None:
     found, expected, messages = extract((CAPTURED | ORACLE)[name], torch.float64, train=True)
     assert bool(messages) == (name in ORACLE)
@@ -236,7 +269,21 @@ def test_parameters_that_require_grad_are_captured_the_same_way(name: str) -> No
         assert_same(gradient.dense(), expected[parameter])
 
 
-@pytest.mark.parametrize("name", ["linear", "linear-positions", "linear-flattened", "matmul-right", "matmul-left", "addmm-flattened", "T", "mT", "tied", "recurrent"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear",
+        "linear-positions",
+        "linear-flattened",
+        "matmul-right",
+        "matmul-left",
+        "addmm-flattened",
+        "T",
+        "mT",
+        "tied",
+        "recurrent",
+    ],
+)
 def test_weights_are_kept_as_outer_products(name: str) -> None:
     found, _, _ = extract(CAPTURED[name], torch.float64)
     assert isinstance(found["W"], OuterGradient)

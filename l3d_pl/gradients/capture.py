@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_map_only
 from l3d_pl.gradients.operations import RULES, Finish
 from l3d_pl.gradients.sample_gradient import DenseGradient, SampleGradient, add
 
+_DETACHING = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+
 
 @dataclass(frozen=True)
 class Tracked:
@@ -40,7 +42,7 @@ class Tracked:
                 return {self.parameters[0]: gradient}
             if base.ndim == 2 and _same_view(self.tensor, base.T):
                 return {self.parameters[0]: gradient.transposed()}
-        mine = {name: values[name] for name in self.parameters}
+        mine = {name: values[name].detach() for name in self.parameters}
         _, vjp = torch.func.vjp(self.evaluate, mine)
         return {name: DenseGradient(value) for name, value in torch.func.vmap(vjp)(gradient.dense())[0].items()}
 
@@ -75,7 +77,7 @@ class Capture(TorchFunctionMode):
     def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], n: int, copy_operands: bool = False):
         super().__init__()
         self.parameters, self.n, self.copy_operands = parameters, n, copy_operands
-        self.constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self.constants = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self.tracked = {
             id(tensor): Tracked(tensor, (name,), lambda values, name=name: values[name]) for name, tensor in parameters.items()
         }
@@ -85,18 +87,25 @@ class Capture(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        operands = [self.tracked[id(arg)] for arg in _tensors(args, kwargs) if id(arg) in self.tracked]
-        if not operands:
-            return func(*args, **kwargs)
-        if not any(id(arg) not in self.tracked and id(arg) not in self.constants for arg in _tensors(args, kwargs)):
-            return self._derive(func, args, kwargs, operands)
-        return self._use(func, args, kwargs, operands)
+        tensors = _tensors(args, kwargs)
+        operands = [self.tracked[id(arg)] for arg in tensors if id(arg) in self.tracked]
+        is_constant = bool(tensors) and all(id(arg) in self.tracked or id(arg) in self.constants for arg in tensors)
+        if not operands or func in _DETACHING or not torch.is_grad_enabled():  # autograd sees no parameter here
+            result = func(*args, **kwargs)
+            if is_constant and isinstance(result, Tensor) and id(result) not in self.tracked:
+                self.constants[id(result)] = result
+            return result
+        return self._derive(func, args, kwargs, operands) if is_constant else self._use(func, args, kwargs, operands)
 
     def _derive(self, func: Callable, args: tuple, kwargs: dict, operands: list[Tracked]) -> Any:
         """An operation on constants of the model only: its result is tracked in its turn."""
+        versions = [operand.tensor._version for operand in operands]
         result = func(*args, **kwargs)
         names = tuple(dict.fromkeys(name for operand in operands for name in operand.parameters))
         tracked = self.tracked
+        if versions != [operand.tensor._version for operand in operands]:  # written in place: `evaluate` does not know
+            self.uncaptured.update(dict.fromkeys(names, getattr(func, "__name__", str(func))))
+            return result
 
         def evaluate(values: Mapping[str, Tensor], pick: Callable[[Any], Any]) -> Tensor:
             def swap(tensor: Tensor) -> Tensor:
@@ -121,11 +130,13 @@ class Capture(TorchFunctionMode):
         inplace = name.endswith("_") and not name.endswith("__")
         rule = RULES.get(name)
         found: list[Use] = []
-        if self.copy_operands and rule is not None:
-            args = tree_map_only(Tensor, lambda arg: arg if id(arg) in self.tracked or inplace else arg.clone(), args)
-        data = tuple(arg.detach() if isinstance(arg, Tensor) and arg.requires_grad else arg for arg in args)
+        if self.copy_operands and rule is not None and not inplace:
+            keep = self.tracked
+            args, kwargs = tree_map_only(Tensor, lambda arg: arg if id(arg) in keep else arg.clone(), (args, kwargs))
+        data, named_data = [self._data(arg) for arg in args], {key: self._data(arg) for key, arg in kwargs.items()}
         for operand in operands:
-            finish = rule(operand.tensor, self.n, *data, **kwargs) if rule is not None else None
+            is_written = inplace and operand.tensor is args[0]
+            finish = rule(operand.tensor, self.n, *data, **named_data) if rule is not None and not is_written else None
             if finish is None:
                 self.uncaptured.update(dict.fromkeys(operand.parameters, name))
             else:
@@ -144,12 +155,18 @@ class Capture(TorchFunctionMode):
         self.uses += found
         return output
 
+    def _data(self, arg: Any) -> Any:
+        """An argument without its graph, for a rule to keep; a tracked one as it is, for the rule to recognise."""
+        return arg.detach() if isinstance(arg, Tensor) and arg.requires_grad and id(arg) not in self.tracked else arg
+
     def operands_changed(self) -> bool:
         """Whether the model changed an operand in place after its use: what was kept is then not what was used."""
         return any(tensor._version != version for use in self.uses for tensor, version in use.operands)
 
     def gradients(self, output: Tensor, cotangent: Tensor) -> dict[str, SampleGradient]:
-        """Per-sample gradients of <output_i, cotangent_i> for every captured parameter."""
+        """Per-sample gradients of <output_i, cotangent_i> for every captured parameter the output depends on."""
+        if not output.requires_grad:
+            return {}
         return self.collect(torch.autograd.grad(output, self.edges, cotangent, allow_unused=True))
 
     def collect(self, at_outputs: Sequence[Tensor | None]) -> dict[str, SampleGradient]:

@@ -116,7 +116,7 @@ class GradientExtractor:
         """
         inputs = slice_inputs(inputs_of(batch), slice(index, index + 1))
         references = extraction.references[index : index + 1]
-        alone = loop_gradients(self.model, self.parameters, inputs_of(inputs), references, self.divergence)
+        alone = loop_gradients(self.model, self.parameters, (inputs,), references, self.divergence)
         scale = sum(float(value.double().square().sum()) for value in alone.values()) ** 0.5
         for name, expected in alone.items():
             found = extraction.gradients[name].select(torch.tensor([index])).dense()

@@ -27,11 +27,14 @@ def inputs_of(batch: Any) -> Any:
 def call_model(model: nn.Module, inputs: Any) -> Tensor:
     """The model's output tensor for `inputs` (a tensor, or a mapping of keyword arguments).
 
-    Of a Hugging Face `ModelOutput` or a dict this is `logits`; of a tuple the first entry.
+    The model works on a copy, so that what it changes in place is not the caller's. Of a Hugging Face `ModelOutput` or
+    a dict the output is `logits`; of a tuple the first entry.
 
     Raises:
         L3DError: the output holds no such tensor.
     """
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    inputs = torch.utils._pytree.tree_map_only(Tensor, torch.clone, inputs)
     output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     if isinstance(output, Tensor):
         return output

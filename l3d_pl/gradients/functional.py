@@ -26,6 +26,24 @@ class _Forward(nn.Module):
         return call_model(self.model, inputs)
 
 
+def _call_with(
+    wrapped: _Forward, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor], inputs: Any
+) -> Tensor:
+    """The model's output with `values` in the place of its own `parameters`, wherever it holds them.
+
+    Each place is named once: given the two names of a module that is used twice, `functional_call` does not put its
+    tensors back.
+    """
+    by_id = {id(tensor): values[name] for name, tensor in parameters.items()}
+    named = {
+        f"{path}.{name}": by_id[id(tensor)]
+        for path, module in wrapped.named_modules()
+        for name, tensor in module._parameters.items()
+        if id(tensor) in by_id
+    }
+    return torch.func.functional_call(wrapped, named, (inputs,), tie_weights=False)
+
+
 def vmap_gradients(
     model: nn.Module, parameters: Mapping[str, Tensor], batch: Any, references: Tensor, divergence: Divergence
 ) -> dict[str, Tensor]:
@@ -37,8 +55,7 @@ def vmap_gradients(
 
     def sample_divergence(values: dict[str, Tensor], sample: Any, reference: Tensor) -> Tensor:
         sample = slice_inputs(sample, None)  # type: ignore[arg-type]  # tensor[None]: a batch of one
-        named = {f"model.{name}": value for name, value in values.items()}
-        output = torch.func.functional_call(wrapped, named, (sample,))
+        output = _call_with(wrapped, parameters, values, sample)
         return divergence(output, reference.unsqueeze(0)).sum()
 
     inputs = slice_inputs(inputs_of(batch), slice(None))
@@ -51,11 +68,10 @@ def loop_gradients(
     """The same with a plain autograd loop over samples, each run alone through the model: works for every model."""
     wrapped, inputs = _Forward(model), inputs_of(batch)
     values = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    named = {f"model.{name}": value for name, value in values.items()}
     rows = []
     for i in range(batch_size(inputs)):
         with torch.enable_grad():
-            output = torch.func.functional_call(wrapped, named, (slice_inputs(inputs, slice(i, i + 1)),))
+            output = _call_with(wrapped, parameters, values, slice_inputs(inputs, slice(i, i + 1)))
             loss = divergence(output, references[i : i + 1]).sum()
         grads = torch.autograd.grad(loss, list(values.values()), allow_unused=True, materialize_grads=True)
         rows.append(grads)

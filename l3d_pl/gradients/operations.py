@@ -79,9 +79,11 @@ def outer(n: int, inputs: Tensor, shape: tuple[int, ...], is_transposed: bool) -
 @rule("linear")
 def linear(operand: Tensor, n: int, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Finish | None:
     """y = x W^T + b with W [O, I]: G = D A^T; for b the sum of D over positions."""
+    if weight.ndim != 2:
+        return None
     if operand is weight:
         return outer(n, input, tuple(weight.shape), is_transposed=False)
-    return bias_rule(n, operand, input) if operand is bias else None
+    return broadcast_operand(n, operand, input, 1) if operand is bias else None
 
 
 @rule("matmul", "mm")
@@ -103,13 +105,7 @@ def addmm(operand: Tensor, n: int, input: Tensor, mat1: Tensor, mat2: Tensor, *,
         return None
     if operand is mat2:
         return outer(n, mat1, tuple(mat2.shape), is_transposed=True)
-    return bias_rule(n, operand, mat1) if operand is input else None
-
-
-def bias_rule(n: int, bias: Tensor, input: Tensor) -> Finish | None:
-    if per_position(input, n) is None or bias.ndim != 1:
-        return None
-    return lambda d: DenseGradient(d.reshape(n, -1, d.shape[-1]).sum(1))
+    return broadcast_operand(n, operand, mat1, 1) if operand is input else None
 
 
 @rule("add", "add_", "__radd__")

@@ -1,0 +1,147 @@
+"""Invariant 5: a run stopped anywhere and resumed equals the uninterrupted run bit for bit."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from datamodules.toy import ToyData
+from l3d_pl import L3D, L3DError
+from l3d_pl.callbacks import AtomicCheckpointIO, Checkpoints, ExportDecomposition, RandomState, Stopped, StopOnSignal
+from l3d_pl.targets.toy import TiedAutoencoder
+
+SETTINGS = {
+    "default": {},
+    "all repairs": {"restarts": 2, "revive_every": 7, "dead_after": 64, "aux_coefficient": 1 / 32, "swap_every": 5},
+    "paper": {"recipe": "paper", "dense_epochs": 1, "lr_step_epochs": 1},
+}
+
+
+def fit(root: Path, steps: int, resume: bool = False, stop_at: int | None = None, points: int | None = 100, weight: float = 1.0, **settings) -> L3D:
+    """A fit of a little TMS; `stop_at` sends the process a SIGTERM in that step."""
+    torch.manual_seed(7)
+    target = TiedAutoencoder(5, 2)
+    target.load_state_dict({"W_in": weight * torch.randn(5, 2), "b": torch.zeros(5)})
+    L.seed_everything(99 if resume else 7, verbose=False)  # a resumed process has other global random states
+
+    class Stopper(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+            if trainer.global_step == stop_at:
+                signal.raise_signal(signal.SIGTERM)
+
+    trainer = L.Trainer(
+        max_steps=steps,
+        default_root_dir=root,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+        callbacks=[Stopper(), RandomState(), StopOnSignal(), ExportDecomposition(), Checkpoints(every_n_train_steps=1000)],
+        plugins=[AtomicCheckpointIO()],
+    )
+    module = L3D(target, n_subnetworks=4, seed=3, init_samples=60, **settings)
+    data = ToyData(points=points, batch_size=16, steps_per_epoch=7, seed=1, n_val=20, n_test=20)
+    trainer.fit(module, data, ckpt_path="last" if resume else None, weights_only=True)
+    return module
+
+
+def state_of(module: L3D) -> dict[str, torch.Tensor]:
+    return {**module.state_dict(), "mean_reference": module.mean_reference}
+
+
+@pytest.mark.parametrize("points", [100, None], ids=["fixed points", "fresh data"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_stopped_anywhere_and_resumed_is_bit_for_bit_the_uninterrupted_run(tmp_path: Path, name: str, points: int | None) -> None:
+    expected = state_of(fit(tmp_path / "whole", 20, points=points, **SETTINGS[name]))
+    for stop_at in (0, 3, 6, 7, 13):  # the first step, mid-epoch, and both sides of an epoch's border (7 batches each)
+        root = tmp_path / f"stopped{stop_at}"
+        with pytest.raises(Stopped, match=f"after step {stop_at + 1}"):
+            fit(root, 20, stop_at=stop_at, points=points, **SETTINGS[name])
+        found = state_of(fit(root, 20, resume=True, points=points, **SETTINGS[name]))
+        different = [key for key, value in expected.items() if not torch.equal(value, found[key])]
+        assert not different, f"after a stop in step {stop_at}"
+
+
+def test_checkpoint_holds_no_target_weights_and_is_refused_by_another_target(tmp_path: Path) -> None:
+    fit(tmp_path, 5)
+    checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert not [name for name in checkpoint["state_dict"] if "target" in name]
+    assert len(checkpoint["l3d"]["target_fingerprint"]) == 64
+    with pytest.raises(L3DError, match="checkpoint: it is of another target model"):
+        fit(tmp_path, 8, resume=True, weight=1.5)
+
+
+def test_half_written_checkpoint_never_takes_the_place_of_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"value": torch.ones(3)}, tmp_path / "last.ckpt")
+
+    def full_disk(checkpoint: object, file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(L3DError, match=r"last.ckpt cannot be written \(No space left on device\)"):
+        io.save_checkpoint({"value": torch.zeros(3)}, tmp_path / "last.ckpt")
+    assert io.load_checkpoint(tmp_path / "last.ckpt")["value"].sum() == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
+    AtomicCheckpointIO().save_checkpoint({"value": torch.ones(300)}, tmp_path / "last.ckpt")
+    whole = (tmp_path / "last.ckpt").read_bytes()
+    (tmp_path / "last.ckpt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(L3DError, match="last.ckpt is damaged or no checkpoint") as error:
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_twenty_interruptions_by_signal_and_by_kill(tmp_path: Path) -> None:
+    """The command itself, stopped 20 times by SIGTERM, SIGINT and SIGKILL at random moments, start-up included."""
+    command = [sys.executable, "-m", "l3d_pl.cli", "fit", "--config", "tms", "--trainer.max_epochs", "24"]
+    command += ["--checkpoint.every_n_train_steps", "40", "--trainer.enable_progress_bar", "false"]
+    command += ["--model.target_weights", str(tmp_path / "target.safetensors")]
+    subprocess.run([*command, "--trainer.default_root_dir", str(tmp_path / "whole")], check=True, timeout=600)
+
+    root, draw, seen = tmp_path / "stopped", random.Random(0), {"SIGTERM": 0, "SIGINT": 0, "SIGKILL": 0}
+    command += ["--trainer.default_root_dir", str(root), "--ckpt_path", "last"]
+    last = root / "checkpoints" / "last.ckpt"
+    while sum(seen.values()) < 20:
+        kind = draw.choice(["SIGTERM", "SIGINT", "SIGKILL", "SIGKILL"])
+        before = last.stat().st_mtime_ns if last.is_file() else 0
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            if draw.random() < 0.85:  # once training runs and has saved something; otherwise somewhere in the start
+                deadline = time.monotonic() + 120
+                while (last.stat().st_mtime_ns if last.is_file() else 0) == before and process.poll() is None:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+                time.sleep(draw.uniform(0, 0.3))
+            else:
+                kind = "SIGKILL"
+                time.sleep(draw.uniform(0, 5))
+            assert process.poll() is None, "the run ended before its 20 interruptions: make it longer"
+            process.send_signal(getattr(signal, kind))
+            output, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        if kind != "SIGKILL":
+            assert process.returncode == 0, output
+            assert f"{kind} after step" in output and "go on with: l3d fit --config" in output
+        if last.is_file():
+            torch.load(last, weights_only=True)  # whole, whatever happened
+        seen[kind] += 1
+    assert min(seen.values()) >= 2, seen
+    subprocess.run(command, check=True, timeout=600)
+    whole, resumed = ((folder / "decomposition/model.safetensors").read_bytes() for folder in (tmp_path / "whole", root))
+    assert whole == resumed
