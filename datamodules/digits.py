@@ -17,14 +17,14 @@ class DigitsData(InMemoryData):
     Args:
         batch_size: training images per batch and process.
         test_fraction: share of the images that are held out, in (0, 1).
-        seed: of the order of the training images.
+        seed: of the order of the training images; None: that of `seed_everything`, or 0.
         split_seed: of the split. Leave it alone, or a target has seen the images that it is measured on.
 
     Raises:
         ValueError: one line, if a value is outside its range.
     """
 
-    def __init__(self, batch_size: int = 64, test_fraction: float = 0.2, seed: int = 0, split_seed: int = 0) -> None:
+    def __init__(self, batch_size: int = 64, test_fraction: float = 0.2, seed: int | None = None, split_seed: int = 0) -> None:
         super().__init__(batch_size, seed)
         require_at_least(0, split_seed=split_seed)
         if not 0 < test_fraction < 1:

@@ -5,6 +5,7 @@ whole state of a training loader is one number, the batches it has given. The ep
 """
 
 import difflib
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
@@ -240,7 +241,7 @@ class InMemoryData(LightningDataModule):
 
     Args:
         batch_size: training rows per batch and process.
-        seed: of the order of the training rows.
+        seed: of the order of the training rows; None: that of Lightning's `seed_everything`, or 0.
         endless: see `EpochSampler`.
     """
 
@@ -250,8 +251,9 @@ class InMemoryData(LightningDataModule):
     _train_sampler: EpochSampler | None = None
     _state: dict[str, Any] | None = None
 
-    def __init__(self, batch_size: int, seed: int, endless: bool = False) -> None:
+    def __init__(self, batch_size: int, seed: int | None, endless: bool = False) -> None:
         super().__init__()
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         require_at_least(1, batch_size=batch_size)
         require_at_least(0, seed=seed)
         self.batch_size = batch_size

@@ -91,7 +91,7 @@ class ToyData(InMemoryData):
         batch_size: training rows per batch and process.
         steps_per_epoch: batches that are called an epoch if `points` is None; no meaning otherwise.
         n_val, n_test: rows of the validation and the test set, each set one batch.
-        seed: of the training rows and their order.
+        seed: of the training rows and their order; None: that of `seed_everything`, or 0.
         task_seed: A is a function of this seed. None: that of the target which is trained on this data (`l3d target`
             fills it in), and 0 where no target is trained.
         truth: a target's safetensors file, whose tensor `truth.A` is taken instead.
@@ -112,7 +112,7 @@ class ToyData(InMemoryData):
         steps_per_epoch: int = 100,
         n_val: int = 1000,
         n_test: int = 1000,
-        seed: int = 0,
+        seed: int | None = None,
         task_seed: int | None = None,
         truth: Path | str | None = None,
     ) -> None:

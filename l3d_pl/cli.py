@@ -33,6 +33,8 @@ LIGHTNING_COMMANDS = ("fit", "validate", "test")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (0, or 2 after one line about bad input)."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a user's own module, beside the config that names it
     sys.argv = sys.argv[:1]  # LightningCLI is given its arguments, and warns when sys.argv holds some too
     commands: dict[str, Callable[[list[str]], None]] = {name: lightning_command for name in LIGHTNING_COMMANDS}
     commands |= {"target": target_command, "score": score_command, "report": report_command, "demo": demo_command, "toys": toys_command}
@@ -62,12 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def bad_input_in(error: BaseException | None) -> Exception | None:
-    """The bad input behind an error, if that is what it is about: an `L3DError`, or a ValueError of one of our data modules.
+    """The bad input behind an error, if that is what it is about: an `L3DError`, Lightning's `MisconfigurationException`, or
+    a ValueError of one of our data modules.
 
     jsonargparse wraps what a constructor raises, so the chain of causes is searched.
     """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     while error is not None:
-        if isinstance(error, L3DError):
+        if isinstance(error, (L3DError, MisconfigurationException)):
             return error
         if isinstance(error, ValueError) and error.__traceback__ is not None:
             last = list(traceback.walk_tb(error.__traceback__))[-1][0]
@@ -90,6 +95,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*is a wandb run already.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # `L3D` logs its first step
+    warnings.filterwarnings("ignore", message=".*Total length of .* across ranks is zero.*")  # `L3D` raises
     for module in ("jsonargparse", "lightning", "torchdata", "torch.utils._pytree", "torch.jit"):
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=rf"{module}.*")
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{module}.*")
@@ -116,13 +123,29 @@ def resolve_configs(args: Sequence[str]) -> list[str]:
 def find_config(name: str) -> str:
     """Path of a config file: itself, or the shipped config of that name."""
     if Path(name).is_file():
+        require_yaml(name)
         return name
     folder = shipped_configs()
     relative = name.removeprefix("configs/").removesuffix(".yaml")
     if (folder / f"{relative}.yaml").is_file():
         return str(folder / f"{relative}.yaml")
     shipped = [str(path.relative_to(folder).with_suffix("")) for path in sorted(folder.rglob("*.yaml"))]
-    raise L3DError(f"config: there is no file {name}; shipped are {', '.join(shipped)}{did_you_mean(relative, shipped)}")
+    hint = did_you_mean(relative, shipped) or f"; shipped are {', '.join(shipped)}"
+    raise L3DError(f"config: there is no file {name}, and no shipped config of that name{hint}")
+
+
+def require_yaml(path: str) -> None:
+    """Raise an `L3DError` that names the file and the line unless it is a YAML mapping."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise L3DError(f"config: {path} is no YAML{place}: {problem}") from error
+    if not isinstance(content, dict):
+        raise L3DError(f"config: {path} holds {type(content).__name__}, allowed is a mapping such as 'model: ...'")
 
 
 # -- fit, validate, test ------------------------------------------------------------------------------------------------

@@ -28,6 +28,10 @@ from l3d_pl.targets.frozen import fingerprint, freeze, select_parameters
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CONFIG_KEYS = (
+    *("n_subnetworks", "parameters", "divergence", "reference", "k", "threshold"),
+    *("target_class", "target_fingerprint", "figures", "seed", "run_config", "provenance"),
+)
 
 _CARD = """---
 library_name: l3d_pl
@@ -266,18 +270,47 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         )
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]
-        cls, *, model_id: str, target: nn.Module | None = None, divergence: DivergenceLike | None = None, **hub: Any
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        target: nn.Module | None = None,
+        divergence: DivergenceLike | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
     ) -> Decomposition:
-        """See `from_pretrained(dir_or_hub_id, target=model)`; `divergence` must be given for a user's own callable.
+        """A decomposition from a directory or from the hub. (The mixin's own reads `config.json` first, less carefully.)
+
+        Args:
+            pretrained_model_name_or_path: the directory, or the hub id.
+            target: the target model, if it is to be attached at once.
+            divergence: must be given where it is a user's own callable.
+            revision, cache_dir, force_download, local_files_only, token: as everywhere for the hub.
 
         Raises:
             L3DError: missing or damaged files, an unknown format version, another target model.
         """
+        return cls._from_pretrained(
+            model_id=str(pretrained_model_name_or_path),
+            target=target,
+            divergence=divergence,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+        )
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]
+        cls, *, model_id: str, target: nn.Module | None = None, divergence: DivergenceLike | None = None, **hub: Any
+    ) -> Decomposition:
         if not os.path.isdir(model_id):
-            options = ("revision", "cache_dir", "force_download", "local_files_only", "token")
             try:
-                model_id = snapshot_download(model_id, **{name: hub[name] for name in options if name in hub})
+                model_id = snapshot_download(model_id, **hub)
             except Exception as error:
                 raise L3DError(f"decomposition: '{model_id}' is no directory, and not to be had from the hub ({type(error).__name__})") from error
         folder = Path(model_id)
@@ -325,6 +358,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     version = config.get("format_version") if isinstance(config, dict) else None
     if version != FORMAT_VERSION:
         raise L3DError(f"decomposition: {path} has format version {version}; this l3d_pl reads version {FORMAT_VERSION}")
+    for key in CONFIG_KEYS:
+        if key not in config:
+            raise L3DError(f"decomposition: {path} has no entry '{key}'")
     return config
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from l3d_pl.callbacks import AtomicCheckpointIO, Checkpoints, ContinueLogs, ExportDecomposition, RandomState, RunLogger, Stopped, StopOnSignal
@@ -26,14 +30,40 @@ class Parser(LightningArgumentParser):
         self.allow_abbrev = False
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        options = {option.lstrip("-") for parser in self._all_parsers() for action in parser._actions for option in action.option_strings}
-        unknown = re.search(r"(?:option|arguments:|[Kk]ey|Nested key) '?(?:--)?([\w.]+)'?", message)
-        hint = did_you_mean(unknown.group(1), sorted(options)) if unknown and unknown.group(1) not in options else ""
-        raise L3DError(re.sub(r"\s+", " ", message).strip() + hint)
+        message = brief(message)
+        if "did you mean" not in message:  # the parser of a nested class has said so already
+            options = {option.lstrip("-") for parser in self._all_parsers() for action in parser._actions for option in action.option_strings}
+            unknown = re.search(r"(?:option|arguments:|key) '?(?:--)?([\w.]+)'?", message, re.IGNORECASE)
+            message += did_you_mean(unknown[1], sorted(options)) if unknown and unknown[1] not in options else ""
+        raise L3DError(message)
 
     def _all_parsers(self) -> list[Any]:
         action = getattr(self, "_subcommands_action", None)
         return [self, *(action._name_parser_map.values() if action is not None else ())]
+
+
+def brief(message: str) -> str:
+    """jsonargparse's account of an error as one line, `key: what is wrong`, without the list of all that it tried."""
+    message = message.strip()
+    if at_key := re.fullmatch(r'Parser key "([^"]+)"[^:]*:\s*(.*)', message, re.DOTALL):
+        inner = brief(at_key[2])
+        return f"{at_key[1]}.{inner}" if re.match(r"[\w.]+: ", inner) else f"{at_key[1]}: {inner}"
+    union = re.fullmatch(r"Does not validate .*?Subtypes: \[(.*?)\]\s+Errors:\n( *)(.*)\n\s*Given value type:.*?Given value: (.*)", message, re.DOTALL)
+    if union:
+        reasons = [reason for reason in re.split(rf"^{union[2]}- ", union[2] + union[3], flags=re.MULTILINE)[1:] if not reason.startswith("Expected a ")]
+        return brief(reasons[0]) if reasons else _found(union[4], union[1])
+    if expected := re.fullmatch(r"Expected a (.*)\. Got value: (.*)", message, re.DOTALL):
+        return _found(expected[2], expected[1])
+    message = re.sub(r"the following arguments are required: (?:fit\.|validate\.|test\.)?", "required and not given: ", message)
+    if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        message += did_you_mean(missing[2], vars(sys.modules.get(missing[1], object)))
+    return re.sub(r"\s+", " ", message).strip()
+
+
+def _found(value: str, types: str) -> str:
+    names = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", types).replace("NoneType", "null")
+    names = re.sub(r"typing\.Literal\[([^]]*)\]", r"\1", names)
+    return re.sub(r"\s+", " ", f"found {value!r}, allowed: {names}") + did_you_mean(value, re.findall(r"'([^']+)'", names))
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -49,6 +79,33 @@ class SaveRunConfig(SaveConfigCallback):
             aside = path.with_name(".config.yaml.writing")
             aside.write_text(self.parser.dump(self.config, skip_none=False))
             os.replace(aside, path)
+
+
+def require_writable(key: str, folder: Path) -> None:
+    """Make a folder, before anything is trained that could not be saved there.
+
+    Args:
+        key: the setting that names it.
+
+    Raises:
+        L3DError: it cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise L3DError(f"{key}: {folder} cannot be written to ({error.strerror})") from error
+
+
+def add_threads_argument(parser: LightningArgumentParser) -> None:
+    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch (small models are fastest with 1)")
+
+
+def set_threads(threads: int | None) -> None:
+    """More threads than free cores make a tiny operation wait for milliseconds, so small models ask for one."""
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 class L3DCLI(LightningCLI):
@@ -80,9 +137,16 @@ class L3DCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        add_threads_argument(parser)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning looks for hyperparameters in the checkpoint here: ours hold none, and a damaged one is told of later."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        set_threads(config.threads)
+        if self.subcommand == "fit":
+            require_writable("trainer.default_root_dir", Path(config.trainer.default_root_dir))
         weights, recipe = config.model.target_weights, config.model.target_config
         if weights and recipe and not Path(weights).is_file():
             from l3d_pl.cli import find_config, print_target
@@ -92,11 +156,14 @@ class L3DCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config_init[self.subcommand]["trainer"]
-        if config["logger"] in (None, True):
-            kwargs["logger"] = RunLogger(config["default_root_dir"])
+        if config["logger"] in (None, True):  # (validate and test print their figures, and leave the run's file alone)
+            kwargs["logger"] = RunLogger(config["default_root_dir"]) if self.subcommand == "fit" else False
         plugins = config["plugins"] or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, MisconfigurationException) as error:
+            raise L3DError(f"trainer: {error}") from error
 
     def after_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -143,10 +210,17 @@ class TargetCLI(LightningCLI):
             trainer_defaults={"logger": False, "enable_checkpointing": False, "devices": 1, "enable_model_summary": False},
         )
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        add_threads_argument(parser)
+
+    def before_instantiate_classes(self) -> None:
+        set_threads(self.config.threads)
+
 
 def train_target(args: Sequence[str], output: str | None = None) -> dict[str, Any]:
     """Train a target from its config and save it; returns its figures, with `file`."""
     from l3d_pl.targets.training import fit_target
 
     cli = TargetCLI(args)
+    require_writable("output", Path(output or "runs/targets/any").parent)
     return fit_target(cli.model, cli.datamodule, cli.trainer, output, seed=int(cli.config["seed_everything"] or 0))

@@ -165,7 +165,7 @@ class L3D(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """One step of the method (paper, "Training"): gradients of the frozen model, c = V_in g, batch top-k, loss."""
         extraction = self.extractor(batch, self._random["references"])
-        prepared = self._prepare(extraction, batch, batch_idx)
+        prepared = self._prepare(extraction, batch, batch_idx, count=True)
         if prepared is None:
             return None
         step = decompose(self.subnetworks, prepared, self.current_k())
@@ -205,8 +205,8 @@ class L3D(L.LightningModule):
         """Subnetworks that took part in none of the last `dead_after` samples, [R, n_v]."""
         return self.silent_samples >= self.dead_after
 
-    def _prepare(self, extraction: Extraction, batch: Any, batch_idx: int) -> Prepared | None:
-        """The gradients laid out; an error, or without the samples in question, where some are not finite."""
+    def _prepare(self, extraction: Extraction, batch: Any, batch_idx: int, count: bool = False) -> Prepared | None:
+        """The gradients laid out; an error, or without the samples in question (to `count`), where some are not finite."""
         prepared = self.subnetworks.prepare(extraction.gradients)
         if math.isfinite(float(prepared.energy)):
             return prepared
@@ -219,7 +219,8 @@ class L3D(L.LightningModule):
                 f"batch {batch_idx}: found NaN or infinity in {source}; first in the gradient of parameter '{name}', "
                 f"{int((~finite).sum())} of {len(finite)} samples (bad_samples: skip leaves such samples out and counts them)"
             )
-        self.skipped_samples += (~finite).sum()
+        if count:
+            self.skipped_samples += (~finite).sum()
         index = finite.nonzero().squeeze(1)
         if len(index) == 0:
             return None
@@ -255,6 +256,9 @@ class L3D(L.LightningModule):
         self._progress.clock = (self._progress.step, time.perf_counter())
 
     def _estimate_steps(self) -> int:
+        self.trainer.fit_loop.setup_data()
+        if self.trainer.num_training_batches == 0:
+            raise L3DError("data: the training set is empty, or holds no batch")
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps) or steps <= 0:
             if self.k_start != 1.0 or self.lr_schedule == "cosine" or self.swap_every:
@@ -284,10 +288,10 @@ class L3D(L.LightningModule):
         joined = {name: concatenate([part[name] for part in parts]) for name in parts[0]}
         everything = self.subnetworks.prepare(joined)
         good = torch.isfinite(everything.sample_energies()).nonzero().squeeze(1)
-        if len(good) < self.subnetworks.n_subnetworks and self.init == "gradients":
+        if min(len(good), self.init_samples) < self.subnetworks.n_subnetworks and self.init == "gradients":
             raise L3DError(
                 f"init: 'gradients' needs at least n_subnetworks = {self.subnetworks.n_subnetworks} samples, "
-                f"found {len(good)} training samples; allowed then is 'random'"
+                f"found {len(good)} training samples and init_samples = {self.init_samples}; allowed then is 'random'"
             )
         anchors = []
         for r in range(self.subnetworks.restarts):
@@ -331,12 +335,13 @@ class L3D(L.LightningModule):
         optimizer = torch.optim.AdamW(
             self.subnetworks.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True
         )
+        total_steps = self._estimate_steps()
         if self.lr_schedule == "constant":
             return optimizer
         if self.lr_schedule == "step":
             epochs = torch.optim.lr_scheduler.StepLR(optimizer, self.lr_step_epochs, self.lr_gamma)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": epochs, "interval": "epoch"}}
-        steps = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(self._estimate_steps()))
+        steps = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_with_warmup(total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": steps, "interval": "step"}}
 
     # -- validation -------------------------------------------------------------------------------------------------
@@ -358,7 +363,9 @@ class L3D(L.LightningModule):
             alone = self.threshold(c)
             self.val_threshold_loss.update(self.subnetworks.reconstruct(prepared, c * alone).loss, prepared.energy)
             self.val_activity.update(alone.sum(0), prepared.n_samples)
-            self._held_out_outputs.append((self.extractor.divergence.to_mean(extraction.outputs).sum(0), prepared.n_samples))
+            outputs = self.extractor.divergence.to_mean(extraction.outputs)
+            outputs = outputs[outputs.flatten(1).isfinite().all(1)]  # without the samples that were skipped
+            self._held_out_outputs.append((outputs.sum(0), len(outputs)))
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self._end_evaluation("val"))
@@ -373,6 +380,8 @@ class L3D(L.LightningModule):
 
     def _end_evaluation(self, stage: str) -> dict[str, Tensor]:
         """Figures of an evaluation, by the names under which they are logged; also kept for `decomposition`."""
+        if not self._held_out_outputs:
+            raise L3DError(f"data: the {stage} set is empty, or none of its samples has a finite gradient")
         restarts = self.subnetworks.restarts  # (torchmetrics drops dimensions of size one)
         loss, alone = self.val_loss.compute().view(restarts), self.val_threshold_loss.compute().view(restarts)
         activity = {name: value.view(restarts, -1) for name, value in self.val_activity.compute().items()}
@@ -497,6 +506,14 @@ class L3D(L.LightningModule):
             raise L3DError(
                 f"checkpoint: it is of another target model, fingerprint {state['target_fingerprint'][:12]}; this target's is {mine[:12]}"
             )
+        own = self.state_dict()
+        for name, tensor in checkpoint["state_dict"].items():
+            if name not in own or own[name].shape != tensor.shape:
+                found = list(own[name].shape) if name in own else "missing"
+                raise L3DError(
+                    f"checkpoint: its tensor '{name}' is {list(tensor.shape)}, this run's is {found}; "
+                    "n_subnetworks, ranks, parameters and restarts have to be the checkpoint's"
+                )
         self.mean_reference, self._validated_step = state["mean_reference"], state["validated_step"]
         self._progress = Progress(step=checkpoint["global_step"], samples=state["p_act_samples"])
         self._random = {}

@@ -141,7 +141,7 @@ def print_summary(run_dir: Path, seconds: float) -> None:
     decomposition = load_run(run_dir)
     table = Table(title=f"{run_dir.resolve().name}: {decomposition.n_subnetworks} subnetworks", title_justify="left", show_header=False)
     loss = decomposition.figures.get("val/loss")
-    table.add_row("held-out loss (squared error / squared norm)", number(loss))
+    table.add_row("held-out loss L", number(loss))
     toy = toy_of(decomposition)
     if toy:
         score = score_run(run_dir)

@@ -34,9 +34,12 @@ def ranks_per_parameter(shapes: Mapping[str, Sequence[int]], ranks: Rank | Mappi
     """Ranks of every parameter from one `rank` for all, or from {pattern: rank}, of which the first that matches counts.
 
     Raises:
-        L3DError: an invalid rank, a pattern that matches no parameter, a parameter without a pattern.
+        L3DError: an invalid rank, one that no parameter can have, a pattern that matches no parameter, a parameter without a pattern.
     """
     if not isinstance(ranks, Mapping):
+        largest = max((size for shape in shapes.values() for size in shape), default=1)
+        if not isinstance(ranks, Sequence) and ranks > max(1, largest):  # capped where some parameter can have it
+            raise L3DError(f"ranks: found rank {ranks}, above every dimension of the chosen parameters; allowed are up to {largest}")
         uniform: dict[str, Rank] = {}
         for name, shape in shapes.items():  # one list serves all parameters with that many modes; vectors take its first entry
             is_list = isinstance(ranks, Sequence)
@@ -370,7 +373,7 @@ class Subnetworks(nn.Module):
             parameters: only these tensors, by name (default: all).
         """
         tensors = dict(model.named_parameters())
-        names = list(self.shapes if parameters is None else parameters)
+        names = list(dict.fromkeys(self.shapes if parameters is None else parameters))
         for name in names:
             if name not in self.shapes:
                 raise L3DError(f"parameters: '{name}' is not among the decomposed ones{did_you_mean(name, self.shapes)}")

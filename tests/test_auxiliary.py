@@ -33,9 +33,9 @@ def test_equals_the_dense_computation(layout: str, restarts: int) -> None:
     theirs = torch.autograd.grad(expected, leaves, retain_graph=True)
     for mine, other in zip(torch.autograd.grad(found, leaves), theirs, strict=True):
         assert_same(mine, other)
-        mine = mine.view(restarts, 5, -1)
-        assert not mine[~dead].any()  # the live ones are held
-        assert mine[dead].any()
+        by_subnetwork = mine.reshape(restarts, 5, -1)
+        assert not by_subnetwork[~dead].any()  # the live ones are held
+        assert by_subnetwork[dead].any()
 
 
 def test_nothing_dead_is_no_loss() -> None:

@@ -224,7 +224,9 @@ def extract(case: Case, dtype: torch.dtype, train: bool = False) -> tuple[dict[s
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            found = extractor(x, references=references).gradients
+            extraction = extractor(x, references=references)
+    extractor.check(x, extraction, index=N - 1)
+    found = extraction.gradients
     assert torch.equal(x, before)
     assert not x.requires_grad
     assert all(parameter.grad is None and parameter.requires_grad == train for parameter in model.parameters())

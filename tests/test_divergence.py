@@ -131,9 +131,17 @@ def test_contrastive_references_are_those_given() -> None:
 @pytest.mark.parametrize(
     ("reference", "n", "message"),
     [
-        ("random", 1, "^reference: 'random' pairs a sample with another .*, found a batch of 1; allowed are batches of 2"),
+        (
+            "random",
+            1,
+            "^reference: 'random' pairs a sample with another .*, found a batch of 1; allowed are batches of 2",
+        ),
         ("contrastive", 4, "^reference: 'contrastive' needs batches with an entry 'contrast'"),
-        ("randm", 4, "^reference: found 'randm', allowed are random, mean, uniform, contrastive; did you mean 'random'"),
+        (
+            "randm",
+            4,
+            "^reference: found 'randm', allowed are random, mean, uniform, contrastive; did you mean 'random'",
+        ),
     ],
 )
 def test_bad_references_are_one_clear_line(reference: str, n: int, message: str) -> None:

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from l3d_pl.metrics import Activity, Reconstruction
 
 
-@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), restarts=st.integers(1, 3), processes=st.integers(1, 2))
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), restarts=st.integers(1, 3), processes=st.integers(1, 2)
+)
 def test_reconstruction_is_the_loss_over_all_samples(sizes: list[int], restarts: int, processes: int) -> None:
     batches = [(torch.rand(n, restarts).double(), torch.rand(n).double() + 0.1) for n in sizes]
     metrics = [Reconstruction(restarts) for _ in range(processes)]

@@ -1,6 +1,6 @@
 """The hand-written step equals autograd through plain einsums, and finite differences."""
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from oracles import LAYOUTS, assert_same, decomposition_problem, dense_direction
 from torch import Tensor
 
 from l3d_pl import Subnetworks
-from l3d_pl.gradients import SampleGradient
+from l3d_pl.gradients import DenseGradient, OuterGradient, SampleGradient
 from l3d_pl.step import decompose
 
 layouts = pytest.mark.parametrize("layout", list(LAYOUTS))
@@ -21,7 +21,8 @@ def explicit_loss(subnetworks: Subnetworks, gradients: dict[str, SampleGradient]
     """L [R] from g [N, n_w] and V_in, V_out [R, n_v, n_w], on autograd's own graph."""
     g = rows({name: gradients[name].dense() for name in subnetworks.shapes})
     v_in, v_out = (
-        rows(dense_directions(side)).view(subnetworks.restarts, -1, g.shape[1]) for side in (subnetworks.v_in, subnetworks.v_out)
+        rows(dense_directions(side)).view(subnetworks.restarts, -1, g.shape[1])
+        for side in (subnetworks.v_in, subnetworks.v_out)
     )
     codes = torch.einsum("nw,rvw->nrv", g, v_in) * mask
     return (g[:, None] - torch.einsum("nrv,rvw->nrw", codes, v_out)).square().sum((0, 2)) / g.square().sum()
@@ -31,7 +32,9 @@ def gradients_of(subnetworks: Subnetworks, loss: Tensor) -> dict[str, Tensor]:
     """{parameter: gradient} of a number, by `backward`."""
     subnetworks.zero_grad()
     loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in subnetworks.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad.clone() for name, parameter in subnetworks.named_parameters() if parameter.grad is not None
+    }
 
 
 @layouts
@@ -81,7 +84,13 @@ def test_step_equals_finite_differences(layout: str) -> None:
         assert (sides[0] - sides[1]) / (2 * epsilon) == pytest.approx(slope, rel=1e-5, abs=1e-7)
 
 
-@given(samples=st.integers(1, 6), n_v=st.integers(1, 6), k=st.floats(0.01, 1), layout=st.sampled_from(list(LAYOUTS)), seed=st.integers(0, 99))
+@given(
+    samples=st.integers(1, 6),
+    n_v=st.integers(1, 6),
+    k=st.floats(0.01, 1),
+    layout=st.sampled_from(list(LAYOUTS)),
+    seed=st.integers(0, 99),
+)
 def test_any_size_equals_autograd(samples: int, n_v: int, k: float, layout: str, seed: int) -> None:
     torch.manual_seed(seed)
     subnetworks, gradients = decomposition_problem(layout, 2, samples, n_subnetworks=n_v)
@@ -98,7 +107,9 @@ def test_float32_equals_float64(layout: str) -> None:
         torch.manual_seed(3)
         subnetworks, gradients = decomposition_problem(layout, 3)
         subnetworks.to(dtype)
-        step = decompose(subnetworks, subnetworks.prepare({name: gradient.to(dtype) for name, gradient in gradients.items()}), 0.3)
+        step = decompose(
+            subnetworks, subnetworks.prepare({name: gradient.to(dtype) for name, gradient in gradients.items()}), 0.3
+        )
         assert step.loss.dtype == dtype
         results.append((step, gradients_of(subnetworks, step.loss.sum())))
     (wide, wide_gradients), (narrow, narrow_gradients) = results
@@ -123,26 +134,31 @@ def test_gradient_accumulation_sums_and_scales(layout: str) -> None:
         assert_same(parameter.grad, (apart[0][name] + apart[1][name]) / 2)
 
 
+def scaled(gradient: SampleGradient, factor: float) -> SampleGradient:
+    if isinstance(gradient, OuterGradient):
+        return replace(gradient, outputs=gradient.outputs * factor)
+    return DenseGradient(gradient.dense() * factor)
+
+
 @layouts
 def test_scaled_gradients_give_the_same_step(layout: str) -> None:
     subnetworks, gradients = decomposition_problem(layout)
-    scale: Callable[[SampleGradient], SampleGradient] = lambda g: type(g)(*(
-        (g.outputs * 1e-6, g.inputs, g.shape, g.is_transposed) if hasattr(g, "outputs") else (g.dense() * 1e-6,)
-    ))  # noqa: E731
-    one = decompose(subnetworks, subnetworks.prepare(gradients), 0.3)
-    theirs = gradients_of(subnetworks, one.loss.sum())
-    other = decompose(subnetworks, subnetworks.prepare({name: scale(g) for name, g in gradients.items()}), 0.3)
+    one, other = (
+        decompose(subnetworks, subnetworks.prepare({name: scaled(g, factor) for name, g in gradients.items()}), 0.3)
+        for factor in (1.0, 1e-6)
+    )
     assert torch.equal(one.mask, other.mask)
     assert_same(other.loss.detach(), one.loss.detach())
     assert_same(other.threshold, one.threshold * 1e-6)
+    theirs = gradients_of(subnetworks, one.loss.sum())
     for name, gradient in gradients_of(subnetworks, other.loss.sum()).items():
         assert_same(gradient, theirs[name])
 
 
-def test_batch_without_gradients_is_finite() -> None:
-    subnetworks, gradients = decomposition_problem("dense")
-    zero = {name: type(g)(torch.zeros_like(g.dense())) if not hasattr(g, "outputs") else g for name, g in gradients.items()}
-    zero |= {name: g.__class__(g.outputs * 0, g.inputs, g.shape, g.is_transposed) for name, g in gradients.items() if hasattr(g, "outputs")}
-    step = decompose(subnetworks, subnetworks.prepare(zero), 0.3)
+@layouts
+def test_batch_without_gradients_is_finite(layout: str) -> None:
+    subnetworks, gradients = decomposition_problem(layout)
+    zero = subnetworks.prepare({name: scaled(gradient, 0.0) for name, gradient in gradients.items()})
+    step = decompose(subnetworks, zero, 0.3)
     assert step.loss.tolist() == [0]
     assert all(gradient.isfinite().all() for gradient in gradients_of(subnetworks, step.loss.sum()).values())

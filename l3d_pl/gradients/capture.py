@@ -89,7 +89,7 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         tensors = _tensors(args, kwargs)
         operands = [self.tracked[id(arg)] for arg in tensors if id(arg) in self.tracked]
-        is_constant = bool(tensors) and all(id(arg) in self.tracked or id(arg) in self.constants for arg in tensors)
+        is_constant = bool(tensors) and all(id(arg) in self.constants or id(arg) in self.tracked for arg in tensors)
         if not operands or func in _DETACHING or not torch.is_grad_enabled():  # autograd sees no parameter here
             result = func(*args, **kwargs)
             if is_constant and isinstance(result, Tensor) and id(result) not in self.tracked:

@@ -51,14 +51,14 @@ def reduce_to(values: Tensor, n: int, shape: tuple[int, ...]) -> Tensor | None:
 def broadcast_operand(n: int, operand: Tensor, other: Tensor | float, factor: Tensor | float) -> Finish | None:
     """Rule for out = f(other, operand) elementwise with d out / d operand = `factor`."""
     sample = other if isinstance(other, Tensor) else None
-    if sample is None or sample.ndim < operand.ndim or reduce_to(sample, n, ()) is None:
+    if sample is None or sample.ndim < max(1, operand.ndim) or sample.shape[0] % n:
         return None
     if sample.ndim == operand.ndim and (operand.ndim == 0 or operand.shape[0] != 1):
         return None
     shape = tuple(operand.shape)
 
     def finish(d: Tensor) -> SampleGradient:
-        reduced = reduce_to(d * factor, n, shape)
+        reduced = reduce_to(d * factor if isinstance(factor, Tensor) or factor != 1 else d, n, shape)
         assert reduced is not None
         return DenseGradient(reduced)
 
