@@ -246,7 +246,7 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         if self.mean_reference is not None:
             tensors["mean_reference"] = self.mean_reference.detach().cpu().contiguous()
         save_directory = Path(save_directory)
-        _write(save_directory / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt", "l3d_format": str(FORMAT_VERSION)}))
+        _write(save_directory / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
         _write(save_directory / CONFIG, lambda path: path.write_text(json.dumps(self.config(), indent=2) + "\n"))
         _write(save_directory / "README.md", lambda path: path.write_text(self.model_card()))
 

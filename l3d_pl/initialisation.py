@@ -58,7 +58,9 @@ def low_rank_unit(dense: Mapping[str, Tensor], subnetworks: Subnetworks) -> dict
 
 
 @torch.no_grad()
-def start_from_gradients(subnetworks: Subnetworks, restart: int, prepared: Prepared, generator: torch.Generator, noise: float = 0.02) -> None:
+def start_from_gradients(
+    subnetworks: Subnetworks, restart: int, prepared: Prepared, generator: torch.Generator, noise: float = 0.02
+) -> None:
     """Set V_out, and V_in as its copy, to the K-lines of a sample of gradients, cut to rank.
 
     Args:

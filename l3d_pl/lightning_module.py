@@ -72,7 +72,8 @@ class L3D(L.LightningModule):
         lr, weight_decay, betas: of AdamW.
         dense_epochs: epochs at the start without sparsity (k = 1).
         restarts: decompositions trained side by side on the same gradients; the lowest held-out loss is kept.
-        init_samples: sample gradients that the start, and each swap, looks at.
+        init_samples: sample gradients that the start, and the candidates of each swap, are made from.
+        swap_samples: further sample gradients, on which each swap has to lower the loss too.
         dead_after: samples without taking part after which a subnetwork counts as dead.
         aux_coefficient: weight of the auxiliary loss for dead subnetworks (Gao et al.: 1/32); 0: none.
         revive_every: every so many steps replace dead subnetworks by badly reconstructed gradients; 0: never.
@@ -108,6 +109,7 @@ class L3D(L.LightningModule):
         dense_epochs: int = 0,
         restarts: int = 1,
         init_samples: int = 1000,
+        swap_samples: int = 4000,
         dead_after: int = 10_000,
         aux_coefficient: float = 0.0,
         revive_every: int = 0,
@@ -131,7 +133,7 @@ class L3D(L.LightningModule):
         self.recipe, self.bad_samples = recipe, bad_samples
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.lr_gamma, self.lr_step_epochs, self.dense_epochs = lr_gamma, lr_step_epochs, dense_epochs
-        self.init_samples, self.dead_after = init_samples, dead_after
+        self.init_samples, self.swap_samples, self.dead_after = init_samples, swap_samples, dead_after
         self.aux_coefficient, self.revive_every = aux_coefficient, revive_every
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
 
@@ -272,7 +274,9 @@ class L3D(L.LightningModule):
         # Our data modules have a loader of its own for this, since a second `train_dataloader` would be taken for training.
         loader = data.first_dataloader() if hasattr(data, "first_dataloader") else self.trainer.train_dataloader
         random, parts, seen = self._generator("anchor references"), [], 0
-        wanted = self.init_samples * self.subnetworks.restarts
+        # Each restart gets its own samples to start from; what follows them is to judge swaps, and common to all.
+        to_start = self.init_samples * self.subnetworks.restarts
+        wanted = to_start + (self.swap_samples if self.swap_every else 0)
         for batch_idx, batch in enumerate(loader):  # type: ignore[arg-type]
             batch = self.trainer.strategy.batch_to_device(batch)
             extraction = self.extractor(batch, random)
@@ -293,18 +297,19 @@ class L3D(L.LightningModule):
                 f"init: 'gradients' needs at least n_subnetworks = {self.subnetworks.n_subnetworks} samples, "
                 f"found {len(good)} training samples and init_samples = {self.init_samples}; allowed then is 'random'"
             )
+        judge = self.subnetworks.prepare({name: g.select(good[-self.swap_samples :]) for name, g in joined.items()})
         anchors = []
         for r in range(self.subnetworks.restarts):
             # Restarts share samples only where the data set is too small for a set of their own each.
             take = (torch.arange(min(self.init_samples, len(good))) + r * self.init_samples) % len(good)
             index = good[take.to(good.device)]
             prepared = self.subnetworks.prepare({name: g.select(index) for name, g in joined.items()})
-            anchors.append(Anchor(prepared, prepared.gram()))
+            anchors.append(Anchor(prepared, prepared.gram(), judge))
         return anchors
 
     def _swap(self) -> None:
         for restart, anchor in enumerate(self._anchors):
-            index = swap(self.subnetworks, restart, anchor, self.current_k(), self._random["repair"])
+            index = swap(self.subnetworks, restart, anchor, self.k, self._random["repair"])
             if index is not None:
                 self._forget(index)
 
@@ -315,10 +320,10 @@ class L3D(L.LightningModule):
             slots = dead[restart].nonzero().squeeze(1).tolist()
             if not slots:
                 continue
-            state = state_of(self.subnetworks, restart, anchor, self.current_k())
+            state = state_of(self.subnetworks, restart, anchor.prepared, self.current_k())
             new = candidates(self.subnetworks, restart, anchor, state, len(slots), self.current_k(), self._random["repair"])
             for which, slot in enumerate(slots):
-                self._forget(replace(self.subnetworks, restart, slot, new, which))
+                self._forget(replace(self.subnetworks, restart, slot, new, which=which))
 
     def _forget(self, index: int) -> None:
         """A new subnetwork starts with no optimizer state and no record of silence."""
