@@ -50,8 +50,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise L3DError(f"checkpoint: {path} is damaged or no checkpoint ({reason})") from error
 
 
+def can_resume_here(trainer: L.Trainer) -> bool:
+    """Whether a checkpoint after the present batch is one that Lightning resumes exactly.
+
+    Not between batches whose gradients accumulate, and not after the last batch of an epoch: what belongs to the epoch's
+    end (validation, a learning rate per epoch) is then neither done nor made up for, and batches are counted wrongly later.
+    """
+    epoch = trainer.fit_loop.epoch_loop
+    return not epoch._should_accumulate() and (not trainer.is_last_batch or trainer.num_training_batches == 1)
+
+
 class Checkpoints(ModelCheckpoint):
     """`<default_root_dir>/checkpoints/last.ckpt`, every `every_n_train_steps` steps and at the end; `--ckpt_path last` finds it.
+
+    A checkpoint that falls on the last batch of an epoch is written one batch later (see `can_resume_here`).
 
     Args:
         every_n_train_steps: steps between checkpoints.
@@ -67,6 +79,11 @@ class Checkpoints(ModelCheckpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.dirpath = os.path.join(trainer.default_root_dir, "checkpoints")
         super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        every = self._every_n_train_steps
+        if trainer.global_step // every > self._last_global_step_saved // every and can_resume_here(trainer):
+            self.save_now(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._last_global_step_saved != trainer.global_step:
@@ -148,7 +165,7 @@ class StopOnSignal(Callback):
         self._received = signal.Signals(signum).name
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if self._received is None:
+        if self._received is None or not can_resume_here(trainer):
             return
         checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints)]
         saved = checkpoints[0].save_now(trainer) if checkpoints else "nothing (no Checkpoints callback)"

@@ -68,7 +68,7 @@ class L3D(L.LightningModule):
         init: `gradients` (K-lines over `init_samples` sample gradients) or `random`.
         k_start: k grows geometrically from this share of k over the first half of training; 1: k throughout.
         lr_schedule: `cosine` (2 % warm-up), `step` (x `lr_gamma` every `lr_step_epochs`), `constant`.
-        swap_every: loss-tested swaps every so many steps until 75 % of training; 0: none.
+        swap_every: loss-tested swaps every so many steps from 30 % to 75 % of training; 0: none.
         lr, weight_decay, betas: of AdamW.
         dense_epochs: epochs at the start without sparsity (k = 1).
         restarts: decompositions trained side by side on the same gradients; the lowest held-out loss is kept.
@@ -185,7 +185,9 @@ class L3D(L.LightningModule):
         """The optimizer's step, then unit norms, then repairs."""
         super().optimizer_step(*args, **kwargs)
         step = self._progress.step = self.trainer.global_step + 1  # Lightning counts this step only afterwards
-        if self.swap_every and step % self.swap_every == 0 and self.sparse and step <= 0.75 * self._progress.total_steps:
+        done = step / max(1, self._progress.total_steps)
+        # Not sooner: a candidate fitted to its samples beats any subnetwork that has hardly been trained.
+        if self.swap_every and step % self.swap_every == 0 and self.sparse and 0.3 <= done <= 0.75:
             self._swap()
         if self.revive_every and step % self.revive_every == 0:
             self._revive()
@@ -278,7 +280,7 @@ class L3D(L.LightningModule):
         to_start = self.init_samples * self.subnetworks.restarts
         wanted = to_start + (self.swap_samples if self.swap_every else 0)
         for batch_idx, batch in enumerate(loader):  # type: ignore[arg-type]
-            batch = self.trainer.strategy.batch_to_device(batch)
+            batch = self._placed(batch)
             extraction = self.extractor(batch, random)
             if not parts:
                 self.extractor.check(batch, extraction)
@@ -411,6 +413,10 @@ class L3D(L.LightningModule):
             figures |= {f"{stage}/loss/restart_{r}": value for r, value in enumerate(loss)}
         return figures
 
+    def _placed(self, batch: Any) -> Any:
+        """A batch as Lightning hands it to a step: on the device, in the precision of `trainer.precision`."""
+        return self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch))
+
     def ensure_validated(self) -> None:
         """Validate the final weights, if the last validation saw earlier ones (a run may end, or resume, between two)."""
         data = getattr(self.trainer, "datamodule", None)
@@ -419,7 +425,7 @@ class L3D(L.LightningModule):
             return
         self.on_validation_epoch_start()
         for batch_idx, batch in enumerate(loaders):
-            self.validation_step(self.trainer.strategy.batch_to_device(batch), batch_idx)
+            self.validation_step(self._placed(batch), batch_idx)
         figures = {name: float(value) for name, value in self._end_evaluation("val").items()}
         for logger in self.trainer.loggers:
             logger.log_metrics(figures, self._progress.step)

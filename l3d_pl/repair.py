@@ -217,7 +217,7 @@ def swap(
     k: float,
     generator: torch.Generator,
     n_candidates: int = 2,
-    min_gain: float = 0.003,
+    min_gain: float = 0.01,
 ) -> int | None:
     """Make the best swap, and keep it if the loss falls by the share `min_gain` on both samples of the anchor.
 

@@ -88,8 +88,9 @@ class _Step(torch.autograd.Function):
         with torch.autocast(flat[0].device.type, enabled=False):
             half, samples = len(flat) // 2, prepared.n_samples
             side_in, side_out = _Side(prepared, unflatten(modes, flat[:half])), _Side(prepared, unflatten(modes, flat[half:]))
-            energy = prepared.energy
-            scale = 2 / energy.clamp_min(torch.finfo(torch.float32).tiny).to(flat[0])
+            total = float(prepared.energy)
+            energy = max(total, torch.finfo(torch.float32).tiny)
+            scale = 2 / energy
 
             c = side_in.contract()
             if prepared.block is not None:
@@ -98,13 +99,13 @@ class _Step(torch.autograd.Function):
             mask, threshold = batch_topk(c, k)
             by_restart = (c * mask).transpose(0, 1)  # codes, [R, N, n_v]
 
-            error = torch.zeros(restarts, dtype=torch.float64, device=c.device)
+            error: Tensor | float = 0.0
             d_codes, d_out_block, grams, d_gram = None, None, [], None
             if prepared.block is not None:
                 rows = side_out.block.view(restarts, -1, side_out.block.shape[1])
                 residual = torch.baddbmm(prepared.block.expand(restarts, -1, -1), by_restart, rows, alpha=-1)
-                error += torch.linalg.vector_norm(residual, dim=(1, 2)).double().square_()
-                residual *= -scale
+                error = torch.linalg.vector_norm(residual, dim=(1, 2)).double().square_()
+                residual.mul_(-scale)
                 d_codes = residual @ rows.mT
                 d_out_block = (by_restart.mT @ residual).flatten(0, 1)
             p = side_out.contract()
@@ -113,9 +114,9 @@ class _Step(torch.autograd.Function):
                 grams = [_gram(tucker, restarts) for tucker in side_out.factored]
                 gram = torch.stack([matrix for matrix, _ in grams]).sum(0)
                 pushed = by_restart @ gram  # codes M
-                factored_energy = energy if prepared.block is None else energy - prepared.block.square().sum(dtype=torch.float64)
+                factored_energy = total if prepared.block is None else total - float(prepared.block.square().sum(dtype=torch.float64))
                 # Summed in float64: a small difference of large numbers.
-                error += factored_energy + (by_restart.double() * (pushed.double() - 2 * p.double())).sum((1, 2))
+                error = error + factored_energy + (by_restart.double() * (pushed.double() - 2 * p.double())).sum((1, 2))
                 d = (pushed - p).mul_(scale)
                 d_codes = d if d_codes is None else d_codes + d
                 d_gram = (by_restart.mT @ by_restart).mul_(scale / 2)
@@ -131,7 +132,7 @@ class _Step(torch.autograd.Function):
                     position += 1
             ctx.gradients = gradients + through_c
             ctx.mark_non_differentiable(c, mask, threshold)
-            return error.div_(energy.clamp_min(torch.finfo(torch.float32).tiny)).to(c), c, mask, threshold
+            return (error / energy).to(c), c, mask, threshold  # type: ignore[union-attr]
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -183,7 +183,7 @@ class Capture(TorchFunctionMode):
 
 def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
     """Tensors among the arguments, one level of lists deep (torch.cat and the like)."""
-    found = []
+    found: list[Tensor] = []
     for arg in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(arg, Tensor):
             found.append(arg)

@@ -33,9 +33,11 @@ def call_model(model: nn.Module, inputs: Any) -> Tensor:
     Raises:
         L3DError: the output holds no such tensor.
     """
-    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
-    inputs = torch.utils._pytree.tree_map_only(Tensor, torch.clone, inputs)
-    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    if isinstance(inputs, Tensor):
+        output = model(inputs.clone())
+    else:
+        inputs = torch.utils._pytree.tree_map_only(Tensor, torch.clone, dict(inputs) if isinstance(inputs, Mapping) else inputs)
+        output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping) and "logits" in output:
@@ -47,6 +49,8 @@ def call_model(model: nn.Module, inputs: Any) -> Tensor:
 
 def tensors_of(inputs: Any) -> list[Tensor]:
     """All tensors in `inputs`."""
+    if isinstance(inputs, Tensor):
+        return [inputs]
     return [leaf for leaf in torch.utils._pytree.tree_leaves(dict(inputs) if isinstance(inputs, Mapping) else inputs) if isinstance(leaf, Tensor)]
 
 
