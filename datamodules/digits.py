@@ -24,7 +24,9 @@ class DigitsData(InMemoryData):
         ValueError: one line, if a value is outside its range.
     """
 
-    def __init__(self, batch_size: int = 64, test_fraction: float = 0.2, seed: int | None = None, split_seed: int = 0) -> None:
+    def __init__(
+        self, batch_size: int = 64, test_fraction: float = 0.2, seed: int | None = None, split_seed: int = 0
+    ) -> None:
         super().__init__(batch_size, seed)
         require_at_least(0, split_seed=split_seed)
         if not 0 < test_fraction < 1:

@@ -37,7 +37,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
         except OSError as error:  # a full disk: the checkpoint before this one is still whole
             aside.unlink(missing_ok=True)
-            raise L3DError(f"checkpoint: {target} cannot be written ({error.strerror}); the one before it is kept") from error
+            raise L3DError(
+                f"checkpoint: {target} cannot be written ({error.strerror}); the one before it is kept"
+            ) from error
         os.replace(aside, target)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
@@ -73,7 +75,11 @@ class Checkpoints(ModelCheckpoint):
         if every_n_train_steps < 1:
             raise L3DError(f"every_n_train_steps: found {every_n_train_steps}; at least 1 is needed")
         super().__init__(
-            filename="last", every_n_train_steps=every_n_train_steps, save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=False
+            filename="last",
+            every_n_train_steps=every_n_train_steps,
+            save_top_k=1,
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
         )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -112,7 +118,13 @@ class RandomState(Callback):
         name, keys, position, has_gauss, gauss = np.random.get_state()
         state = {
             "torch": torch.get_rng_state(),
-            "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+            "numpy": [
+                str(name),
+                torch.from_numpy(np.asarray(keys).astype(np.int64)),
+                int(position),
+                int(has_gauss),
+                float(gauss),
+            ],
             "python": list(random.getstate()),
         }
         if torch.cuda.is_available():
@@ -122,7 +134,9 @@ class RandomState(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._pending = state_dict
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self._pending is None:
             return
         state, self._pending = self._pending, None
@@ -143,21 +157,12 @@ class StopOnSignal(Callback):
 
     def __init__(self) -> None:
         self._received: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._install()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._install()
-
-    def _install(self) -> None:
-        """After Lightning's own handlers, which it sets when a fit begins."""
+        """Not before: Lightning has noted by now which handlers were there, and puts them back at the end of any kind."""
+        self._received = None
         for signum in (signal.SIGTERM, signal.SIGINT):
-            current = signal.getsignal(signum)
-            if current != self._handle:
-                self._before.setdefault(signum, current)
-                signal.signal(signum, self._handle)
+            signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._received is not None and signum == signal.SIGINT:
@@ -169,12 +174,8 @@ class StopOnSignal(Callback):
             return
         checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints)]
         saved = checkpoints[0].save_now(trainer) if checkpoints else "nothing (no Checkpoints callback)"
+        trainer._logger_connector.update_train_step_metrics()  # Lightning writes this step's figures only after this hook
         raise Stopped(f"{self._received} after step {trainer.global_step}: saved {saved}")
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
-        self._before.clear()
 
 
 class ExportDecomposition(Callback):
@@ -217,7 +218,11 @@ class RunLogger(CSVLogger):
             self._old_rows: list[dict[str, Any]] = []
             if self._file.is_file():
                 with open(self._file, newline="") as file:
-                    self._old_rows = [{key: value for key, value in row.items() if value != ""} for row in csv.DictReader(file) if row.get("step")]
+                    self._old_rows = [
+                        {key: value for key, value in row.items() if value != ""}
+                        for row in csv.DictReader(file)
+                        if row.get("step")
+                    ]
         return super().experiment
 
 

@@ -36,8 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a user's own module, beside the config that names it
     sys.argv = sys.argv[:1]  # LightningCLI is given its arguments, and warns when sys.argv holds some too
-    commands: dict[str, Callable[[list[str]], None]] = {name: lightning_command for name in LIGHTNING_COMMANDS}
-    commands |= {"target": target_command, "score": score_command, "report": report_command, "demo": demo_command, "toys": toys_command}
+    commands: dict[str, Callable[[list[str]], None]] = dict.fromkeys(LIGHTNING_COMMANDS, lightning_command)
+    commands |= {
+        "target": target_command,
+        "score": score_command,
+        "report": report_command,
+        "demo": demo_command,
+        "toys": toys_command,
+    }
     if not args or args[0] in ("-h", "--help"):
         print(__doc__)
         return 0
@@ -46,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         if args[0] not in commands:
-            raise L3DError(f"command: found {args[0]!r}, allowed are {', '.join(commands)}{did_you_mean(args[0], commands)}")
+            raise L3DError(
+                f"command: found {args[0]!r}, allowed are {', '.join(commands)}{did_you_mean(args[0], commands)}"
+            )
         quiet()
         commands[args[0]](args if args[0] in LIGHTNING_COMMANDS else args[1:])
     except Exception as error:
@@ -88,14 +96,17 @@ def one_line(message: str) -> str:
 
 def quiet() -> None:
     """Keep Lightning's advertisements and notices about its own internals out of the way of what matters."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric.utilities.seed"):
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.pytorch.accelerators.cuda",
+        "lightning.fabric.utilities.seed",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*Experiment logs directory.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*is a wandb run already.*")
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # `L3D` logs its first step
     warnings.filterwarnings("ignore", message=".*Total length of .* across ranks is zero.*")  # `L3D` raises
     for module in ("jsonargparse", "lightning", "torchdata", "torch.utils._pytree", "torch.jit"):
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=rf"{module}.*")
@@ -228,7 +239,9 @@ def toys_command(args: list[str]) -> None:
     parser.add_argument("--toys", nargs="+", default=None, help="names of shipped toy configs (default: all)")
     parser.add_argument("--recipes", nargs="+", default=["l3d_pl", "paper"])
     parser.add_argument("--seeds", type=int, default=16, help="decomposition seeds of each toy")
-    parser.add_argument("--targets", nargs="+", default=None, help="target seeds, or safetensors files (default: 42 and 1)")
+    parser.add_argument(
+        "--targets", nargs="+", default=None, help="target seeds, or safetensors files (default: 42 and 1)"
+    )
     parser.add_argument("--root", default="runs/toys", help="where tables and runs go")
     known = parser.parse_args(args)
     run_toys(known.toys, known.recipes, known.seeds, known.targets, Path(known.root))

@@ -120,10 +120,14 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         shapes = {name: tuple(tensor.shape) for name, tensor in target.named_parameters()}
         for name, shape in self.subnetworks.shapes.items():
             if shapes.get(name) != shape:
-                raise L3DError(f"target: parameter '{name}' has shape {shapes.get(name, 'none')}, the decomposition is of shape {shape}")
+                raise L3DError(
+                    f"target: parameter '{name}' has shape {shapes.get(name, 'none')}, the decomposition is of shape {shape}"
+                )
         found = fingerprint(target)
         if self.target_fingerprint not in (None, found):
-            raise L3DError(f"target: fingerprint {found[:12]} is not that of the model decomposed, {str(self.target_fingerprint)[:12]}")
+            raise L3DError(
+                f"target: fingerprint {found[:12]} is not that of the model decomposed, {str(self.target_fingerprint)[:12]}"
+            )
         self.target_fingerprint, self.target_class = found, f"{type(target).__module__}.{type(target).__qualname__}"
         self._target = freeze(target)
         return self
@@ -136,7 +140,9 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
             L3DError: none is attached.
         """
         if self._target is None:
-            raise L3DError(f"target: none is attached; give the {self.target_class} to from_pretrained(..., target=model) or attach(model)")
+            raise L3DError(
+                f"target: none is attached; give the {self.target_class} to from_pretrained(..., target=model) or attach(model)"
+            )
         return self._target
 
     def _gradients(self, inputs: Any, references: Tensor | None, generator: torch.Generator | None) -> Prepared:
@@ -174,7 +180,9 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         """
         if references is None:
             if self.mean_reference is None:
-                raise L3DError("encode: this decomposition holds no mean reference (it was never validated); give references=")
+                raise L3DError(
+                    "encode: this decomposition holds no mean reference (it was never validated); give references="
+                )
             references = self.mean_reference.unsqueeze(0)
         n = batch_size(inputs_of(inputs))
         references = references.expand(n, *references.shape[1:])
@@ -226,7 +234,8 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
             "format_version": FORMAT_VERSION,
             "n_subnetworks": self.n_subnetworks,
             "parameters": {
-                name: {"shape": list(shape), "ranks": list(self.subnetworks.ranks[name])} for name, shape in self.subnetworks.shapes.items()
+                name: {"shape": list(shape), "ranks": list(self.subnetworks.ranks[name])}
+                for name, shape in self.subnetworks.shapes.items()
             },
             "divergence": self.divergence.name,
             "reference": self.reference,
@@ -234,14 +243,20 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
             "threshold": self.threshold,
             "target_class": self.target_class,
             "target_fingerprint": self.target_fingerprint,
-            "figures": {name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in self.figures.items()},
+            "figures": {
+                name: value if not isinstance(value, float) or math.isfinite(value) else None
+                for name, value in self.figures.items()
+            },
             "seed": self.seed,
             "run_config": self.run_config,
             "provenance": self.provenance,
         }
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        tensors = {name.replace("/", "."): value.detach().cpu().contiguous() for name, value in self.subnetworks.state_dict().items()}
+        tensors = {
+            name.replace("/", "."): value.detach().cpu().contiguous()
+            for name, value in self.subnetworks.state_dict().items()
+        }
         tensors["p_act"] = self.p_act.detach().cpu().contiguous()
         if self.mean_reference is not None:
             tensors["mean_reference"] = self.mean_reference.detach().cpu().contiguous()
@@ -253,8 +268,12 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
     def model_card(self) -> str:
         """The model card, Markdown with the figures."""
         shapes = self.subnetworks.shapes
-        figures = "".join(f"| {name} | {value:.4g} |\n" for name, value in self.figures.items() if isinstance(value, (int, float)))
-        rows = "\n".join(f"| `{name}` | {list(shape)} | {list(self.subnetworks.ranks[name])} |" for name, shape in shapes.items())
+        figures = "".join(
+            f"| {name} | {value:.4g} |\n" for name, value in self.figures.items() if isinstance(value, (int, float))
+        )
+        rows = "\n".join(
+            f"| `{name}` | {list(shape)} | {list(self.subnetworks.ranks[name])} |" for name, shape in shapes.items()
+        )
         return _CARD.format(
             n_subnetworks=self.n_subnetworks,
             target_class=self.target_class,
@@ -312,7 +331,9 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
             try:
                 model_id = snapshot_download(model_id, **hub)
             except Exception as error:
-                raise L3DError(f"decomposition: '{model_id}' is no directory, and not to be had from the hub ({type(error).__name__})") from error
+                raise L3DError(
+                    f"decomposition: '{model_id}' is no directory, and not to be had from the hub ({type(error).__name__})"
+                ) from error
         folder = Path(model_id)
         config = _read_config(folder / CONFIG)
         try:
@@ -327,7 +348,9 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
             stored = tensors.get(name.replace("/", "."))
             if stored is None or stored.shape != value.shape:
                 found = "nothing" if stored is None else tuple(stored.shape)
-                raise L3DError(f"decomposition: tensor '{name.replace('/', '.')}' in {folder / WEIGHTS}: found {found}, expected {tuple(value.shape)}")
+                raise L3DError(
+                    f"decomposition: tensor '{name.replace('/', '.')}' in {folder / WEIGHTS}: found {found}, expected {tuple(value.shape)}"
+                )
             state[name] = stored
         subnetworks.load_state_dict(state, assign=True)
         given = config["divergence"] if divergence is None else divergence
@@ -357,7 +380,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise L3DError(f"decomposition: {path} cannot be read ({error})") from error
     version = config.get("format_version") if isinstance(config, dict) else None
     if version != FORMAT_VERSION:
-        raise L3DError(f"decomposition: {path} has format version {version}; this l3d_pl reads version {FORMAT_VERSION}")
+        raise L3DError(
+            f"decomposition: {path} has format version {version}; this l3d_pl reads version {FORMAT_VERSION}"
+        )
     for key in CONFIG_KEYS:
         if key not in config:
             raise L3DError(f"decomposition: {path} has no entry '{key}'")

@@ -110,7 +110,11 @@ REFERENCES = ("random", "mean", "uniform", "contrastive")
 
 
 def make_references(
-    reference: str, outputs: Tensor, divergence: Divergence, generator: torch.Generator | None = None, contrast: Tensor | None = None
+    reference: str,
+    outputs: Tensor,
+    divergence: Divergence,
+    generator: torch.Generator | None = None,
+    contrast: Tensor | None = None,
 ) -> Tensor:
     """The reference output y_r of every sample, shaped like `outputs` [N, ...] and detached from any graph.
 
@@ -126,7 +130,9 @@ def make_references(
     outputs, n = outputs.detach(), outputs.shape[0]
     if reference == "random":
         if n < 2:
-            raise L3DError("reference: 'random' pairs a sample with another of its batch, found a batch of 1; allowed are batches of 2 or more")
+            raise L3DError(
+                "reference: 'random' pairs a sample with another of its batch, found a batch of 1; allowed are batches of 2 or more"
+            )
         index = torch.randint(1, n, (n,), generator=generator).add_(torch.arange(n)).remainder_(n)
         return outputs[index.to(outputs.device)]
     if reference == "mean":
@@ -134,5 +140,7 @@ def make_references(
     if reference == "uniform":
         return divergence.uniform(outputs, generator)
     if contrast is None:
-        raise L3DError("reference: 'contrastive' needs batches with an entry 'contrast' (inputs whose outputs serve as references); found none")
+        raise L3DError(
+            "reference: 'contrastive' needs batches with an entry 'contrast' (inputs whose outputs serve as references); found none"
+        )
     return contrast.detach()

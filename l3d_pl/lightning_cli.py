@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -17,7 +18,16 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from l3d_pl.callbacks import AtomicCheckpointIO, Checkpoints, ContinueLogs, ExportDecomposition, RandomState, RunLogger, Stopped, StopOnSignal
+from l3d_pl.callbacks import (
+    AtomicCheckpointIO,
+    Checkpoints,
+    ContinueLogs,
+    ExportDecomposition,
+    RandomState,
+    RunLogger,
+    StopOnSignal,
+    Stopped,
+)
 from l3d_pl.errors import L3DError, did_you_mean
 from l3d_pl.lightning_module import L3D
 
@@ -32,7 +42,12 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = brief(message)
         if "did you mean" not in message:  # the parser of a nested class has said so already
-            options = {option.lstrip("-") for parser in self._all_parsers() for action in parser._actions for option in action.option_strings}
+            options = {
+                option.lstrip("-")
+                for parser in self._all_parsers()
+                for action in parser._actions
+                for option in action.option_strings
+            }
             unknown = re.search(r"(?:option|arguments:|key) '?(?:--)?([\w.]+)'?", message, re.IGNORECASE)
             message += did_you_mean(unknown[1], sorted(options)) if unknown and unknown[1] not in options else ""
         raise L3DError(message)
@@ -48,13 +63,23 @@ def brief(message: str) -> str:
     if at_key := re.fullmatch(r'Parser key "([^"]+)"[^:]*:\s*(.*)', message, re.DOTALL):
         inner = brief(at_key[2])
         return f"{at_key[1]}.{inner}" if re.match(r"[\w.]+: ", inner) else f"{at_key[1]}: {inner}"
-    union = re.fullmatch(r"Does not validate .*?Subtypes: \[(.*?)\]\s+Errors:\n( *)(.*)\n\s*Given value type:.*?Given value: (.*)", message, re.DOTALL)
+    union = re.fullmatch(
+        r"Does not validate .*?Subtypes: \[(.*?)\]\s+Errors:\n( *)(.*)\n\s*Given value type:.*?Given value: (.*)",
+        message,
+        re.DOTALL,
+    )
     if union:
-        reasons = [reason for reason in re.split(rf"^{union[2]}- ", union[2] + union[3], flags=re.MULTILINE)[1:] if not reason.startswith("Expected a ")]
+        reasons = [
+            reason
+            for reason in re.split(rf"^{union[2]}- ", union[2] + union[3], flags=re.MULTILINE)[1:]
+            if not reason.startswith("Expected a ")
+        ]
         return brief(reasons[0]) if reasons else _found(union[4], union[1])
     if expected := re.fullmatch(r"Expected a (.*)\. Got value: (.*)", message, re.DOTALL):
         return _found(expected[2], expected[1])
-    message = re.sub(r"the following arguments are required: (?:fit\.|validate\.|test\.)?", "required and not given: ", message)
+    message = re.sub(
+        r"the following arguments are required: (?:fit\.|validate\.|test\.)?", "required and not given: ", message
+    )
     if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         message += did_you_mean(missing[2], vars(sys.modules.get(missing[1], object)))
     return re.sub(r"\s+", " ", message).strip()
@@ -63,7 +88,9 @@ def brief(message: str) -> str:
 def _found(value: str, types: str) -> str:
     names = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", types).replace("NoneType", "null")
     names = re.sub(r"typing\.Literal\[([^]]*)\]", r"\1", names)
-    return re.sub(r"\s+", " ", f"found {value!r}, allowed: {names}") + did_you_mean(value, re.findall(r"'([^']+)'", names))
+    return re.sub(r"\s+", " ", f"found {value!r}, allowed: {names}") + did_you_mean(
+        value, re.findall(r"'([^']+)'", names)
+    )
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -99,7 +126,9 @@ def require_writable(key: str, folder: Path) -> None:
 
 
 def add_threads_argument(parser: LightningArgumentParser) -> None:
-    parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch (small models are fastest with 1)")
+    parser.add_argument(
+        "--threads", type=int | None, default=None, help="CPU threads of torch (small models are fastest with 1)"
+    )
 
 
 def set_threads(threads: int | None) -> None:
@@ -133,7 +162,9 @@ class L3DCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate", "test")}
+        return {
+            name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate", "test")
+        }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
@@ -176,7 +207,9 @@ class L3DCLI(LightningCLI):
             self.trainer.fit(model, **kwargs)
         except Stopped as stopped:
             config = Path(self.trainer.default_root_dir, "config.yaml")
-            raise Stopped(f"{stopped}; go on with: l3d fit --config {config} --ckpt_path last") from None
+            raise Stopped(
+                f"{stopped}; go on with: l3d fit --config {shlex.quote(str(config))} --ckpt_path last"
+            ) from None
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             from l3d_pl.report import print_summary, write_report
 
@@ -207,7 +240,12 @@ class TargetCLI(LightningCLI):
             auto_configure_optimizers=False,
             seed_everything_default=0,
             load_from_checkpoint_support=False,
-            trainer_defaults={"logger": False, "enable_checkpointing": False, "devices": 1, "enable_model_summary": False},
+            trainer_defaults={
+                "logger": False,
+                "enable_checkpointing": False,
+                "devices": 1,
+                "enable_model_summary": False,
+            },
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

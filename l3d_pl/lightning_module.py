@@ -144,7 +144,11 @@ class L3D(L.LightningModule):
         object.__setattr__(self, "target", target)  # past nn.Module's registry: W0 is in no checkpoint and no optimizer
         self.extractor = GradientExtractor(target, chosen, divergence, reference, sample)
         self.subnetworks = Subnetworks(
-            {name: tensor.shape for name, tensor in chosen.items()}, n_subnetworks, ranks, restarts, self._generator("start")
+            {name: tensor.shape for name, tensor in chosen.items()},
+            n_subnetworks,
+            ranks,
+            restarts,
+            self._generator("start"),
         )
         self.threshold = RunningThreshold(restarts)
         self.train_activity, self.val_activity = Activity(restarts, n_subnetworks), Activity(restarts, n_subnetworks)
@@ -177,7 +181,9 @@ class L3D(L.LightningModule):
             auxiliary = auxiliary_loss(self.subnetworks, prepared, step, self.dead(), min(1.0, 2 * self.k))
             if auxiliary is not None:
                 loss = loss + self.aux_coefficient * auxiliary
-        if self._progress.step % self._progress.log_every == 0:
+        if (
+            self._progress.step + 1
+        ) % self._progress.log_every == 0:  # when Lightning writes, or it would write old values
             self._log_step(step, prepared)
         return loss
 
@@ -218,7 +224,11 @@ class L3D(L.LightningModule):
         if self.bad_samples == "error":
             name = next(name for name, g in extraction.gradients.items() if not torch.isfinite(g.squared_norms()).all())
             inputs = tensors_of(inputs_of(batch))
-            source = "the data" if any(t.is_floating_point() and not torch.isfinite(t).all() for t in inputs) else "the gradient"
+            source = (
+                "the data"
+                if any(t.is_floating_point() and not torch.isfinite(t).all() for t in inputs)
+                else "the gradient"
+            )
             raise L3DError(
                 f"batch {batch_idx}: found NaN or infinity in {source}; first in the gradient of parameter '{name}', "
                 f"{int((~finite).sum())} of {len(finite)} samples (bad_samples: skip leaves such samples out and counts them)"
@@ -250,7 +260,10 @@ class L3D(L.LightningModule):
 
     def on_train_start(self) -> None:
         self._progress = Progress(
-            self.trainer.global_step, self._estimate_steps(), self.trainer.log_every_n_steps or 2**62, self._progress.samples
+            self.trainer.global_step,
+            self._estimate_steps(),
+            self.trainer.log_every_n_steps or 2**62,
+            self._progress.samples,
         )  # type: ignore[attr-defined]
         if self.init == "gradients" or self.swap_every or self.revive_every:
             self._anchors = self._collect_anchors()
@@ -266,7 +279,9 @@ class L3D(L.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps) or steps <= 0:
             if self.k_start != 1.0 or self.lr_schedule == "cosine" or self.swap_every:
-                raise L3DError("trainer: found neither max_steps nor max_epochs of a sized loader; the schedules need one of them")
+                raise L3DError(
+                    "trainer: found neither max_steps nor max_epochs of a sized loader; the schedules need one of them"
+                )
             return 0
         return int(steps)
 
@@ -323,7 +338,9 @@ class L3D(L.LightningModule):
             if not slots:
                 continue
             state = state_of(self.subnetworks, restart, anchor.prepared, self.current_k())
-            new = candidates(self.subnetworks, restart, anchor, state, len(slots), self.current_k(), self._random["repair"])
+            new = candidates(
+                self.subnetworks, restart, anchor, state, len(slots), self.current_k(), self._random["repair"]
+            )
             for which, slot in enumerate(slots):
                 self._forget(replace(self.subnetworks, restart, slot, new, which=which))
 
@@ -471,7 +488,9 @@ class L3D(L.LightningModule):
         if self.trainer.sanity_checking:
             return
         for logger in self.trainer.loggers:
-            logger.log_metrics({f"{stage}/p_act/{k}": value for k, value in enumerate(p_act.tolist())}, self.trainer.global_step)
+            logger.log_metrics(
+                {f"{stage}/p_act/{k}": value for k, value in enumerate(p_act.tolist())}, self.trainer.global_step
+            )
             if hasattr(getattr(logger, "experiment", None), "add_histogram"):
                 logger.experiment.add_histogram(f"{stage}/p_act", p_act, self.trainer.global_step)
 

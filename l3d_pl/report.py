@@ -62,7 +62,9 @@ def score_run(run_dir: Path) -> ToyScore:
     decomposition = load_run(run_dir)
     toy = toy_of(decomposition)
     if toy is None:
-        raise L3DError(f"score: {run_dir} is no toy run, so there is no ground truth (data is not datamodules.toy.ToyData)")
+        raise L3DError(
+            f"score: {run_dir} is no toy run, so there is no ground truth (data is not datamodules.toy.ToyData)"
+        )
     tensors, truth = target_tensors(decomposition)
     loss = decomposition.figures.get("val/loss")
     score = score_toy(
@@ -132,27 +134,45 @@ def samples_per_second(run_dir: Path) -> float | None:
     if not path.is_file():
         return None
     with open(path, newline="") as file:
-        values = [float(row["train/samples_per_second"]) for row in csv.DictReader(file) if row.get("train/samples_per_second")]
+        values = [
+            float(row["train/samples_per_second"])
+            for row in csv.DictReader(file)
+            if row.get("train/samples_per_second")
+        ]
     return float(torch.tensor(values).median()) if values else None
 
 
 def print_summary(run_dir: Path, seconds: float) -> None:
     """What `l3d fit` ends with: the run's figures, and where everything is."""
     decomposition = load_run(run_dir)
-    table = Table(title=f"{run_dir.resolve().name}: {decomposition.n_subnetworks} subnetworks", title_justify="left", show_header=False)
+    table = Table(
+        title=f"{run_dir.resolve().name}: {decomposition.n_subnetworks} subnetworks",
+        title_justify="left",
+        show_header=False,
+    )
     loss = decomposition.figures.get("val/loss")
     table.add_row("held-out loss L", number(loss))
     toy = toy_of(decomposition)
     if toy:
         score = score_run(run_dir)
-        table.add_row(f"{score.circuit_kind}s recovered", f"{int(score.figures['recovered'] or 0)} of {score.n_circuits}")
-        for name, text in (("cos", "|cos| with the target's features"), ("mmcs", "MMCS"), ("r2_ratio", "r² of A, share of the target's own")):
+        table.add_row(
+            f"{score.circuit_kind}s recovered", f"{int(score.figures['recovered'] or 0)} of {score.n_circuits}"
+        )
+        for name, text in (
+            ("cos", "|cos| with the target's features"),
+            ("mmcs", "MMCS"),
+            ("r2_ratio", "r² of A, share of the target's own"),
+        ):
             if score.figures.get(name) is not None:
                 table.add_row(text, number(score.figures[name]))
     dead = int((decomposition.p_act == 0).sum())
     table.add_row("dead subnetworks", f"{dead} of {decomposition.n_subnetworks}")
     speed = samples_per_second(run_dir)
-    table.add_row("time", f"{seconds:.1f} s, {decomposition.figures.get('steps', '?')} steps" + (f", {speed:,.0f} samples/s" if speed else ""))
+    table.add_row(
+        "time",
+        f"{seconds:.1f} s, {decomposition.figures.get('steps', '?')} steps"
+        + (f", {speed:,.0f} samples/s" if speed else ""),
+    )
     table.add_row("page, pictures", str(run_dir / "atlas" / "index.html"))
     table.add_row("decomposition", str(run_dir / "decomposition"))
     Console(soft_wrap=True).print(table)

@@ -42,7 +42,9 @@ def decompose(subnetworks: Subnetworks, prepared: Prepared, k: float) -> Step:
     names = prepared.names
     tuckers_in, tuckers_out = subnetworks.v_in.tuckers(), subnetworks.v_out.tuckers()
     flat = flatten([tuckers_in[name] for name in names]) + flatten([tuckers_out[name] for name in names])
-    return Step(*_Step.apply(prepared, k, subnetworks.restarts, [len(subnetworks.shapes[name]) for name in names], *flat))
+    return Step(
+        *_Step.apply(prepared, k, subnetworks.restarts, [len(subnetworks.shapes[name]) for name in names], *flat)
+    )
 
 
 class _Side:
@@ -87,14 +89,21 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, prepared: Prepared, k: float, restarts: int, modes: list[int], *flat: Tensor) -> Any:
         with torch.autocast(flat[0].device.type, enabled=False):
             half, samples = len(flat) // 2, prepared.n_samples
-            side_in, side_out = _Side(prepared, unflatten(modes, flat[:half])), _Side(prepared, unflatten(modes, flat[half:]))
+            side_in, side_out = (
+                _Side(prepared, unflatten(modes, flat[:half])),
+                _Side(prepared, unflatten(modes, flat[half:])),
+            )
             total = float(prepared.energy)
             energy = max(total, torch.finfo(torch.float32).tiny)
             scale = 2 / energy
 
             c = side_in.contract()
             if prepared.block is not None:
-                c = torch.mm(prepared.block, side_in.block.mT) if c is None else torch.addmm(c, prepared.block, side_in.block.mT)
+                c = (
+                    torch.mm(prepared.block, side_in.block.mT)
+                    if c is None
+                    else torch.addmm(c, prepared.block, side_in.block.mT)
+                )
             c = c.view(samples, restarts, -1)
             mask, threshold = batch_topk(c, k)
             by_restart = (c * mask).transpose(0, 1)  # codes, [R, N, n_v]
@@ -114,7 +123,9 @@ class _Step(torch.autograd.Function):
                 grams = [_gram(tucker, restarts) for tucker in side_out.factored]
                 gram = torch.stack([matrix for matrix, _ in grams]).sum(0)
                 pushed = by_restart @ gram  # codes M
-                factored_energy = total if prepared.block is None else total - float(prepared.block.square().sum(dtype=torch.float64))
+                factored_energy = (
+                    total if prepared.block is None else total - float(prepared.block.square().sum(dtype=torch.float64))
+                )
                 # Summed in float64: a small difference of large numbers.
                 error = error + factored_energy + (by_restart.double() * (pushed.double() - 2 * p.double())).sum((1, 2))
                 d = (pushed - p).mul_(scale)

@@ -30,7 +30,9 @@ from l3d_pl.tucker import Rank, Tucker, TuckerParameters, dense_block, resolve_r
 SMALL_PARAMETER = 4096
 
 
-def ranks_per_parameter(shapes: Mapping[str, Sequence[int]], ranks: Rank | Mapping[str, Rank]) -> dict[str, tuple[int, ...]]:
+def ranks_per_parameter(
+    shapes: Mapping[str, Sequence[int]], ranks: Rank | Mapping[str, Rank]
+) -> dict[str, tuple[int, ...]]:
     """Ranks of every parameter from one `rank` for all, or from {pattern: rank}, of which the first that matches counts.
 
     Raises:
@@ -39,15 +41,22 @@ def ranks_per_parameter(shapes: Mapping[str, Sequence[int]], ranks: Rank | Mappi
     if not isinstance(ranks, Mapping):
         largest = max((size for shape in shapes.values() for size in shape), default=1)
         if not isinstance(ranks, Sequence) and ranks > max(1, largest):  # capped where some parameter can have it
-            raise L3DError(f"ranks: found rank {ranks}, above every dimension of the chosen parameters; allowed are up to {largest}")
+            raise L3DError(
+                f"ranks: found rank {ranks}, above every dimension of the chosen parameters; allowed are up to {largest}"
+            )
         uniform: dict[str, Rank] = {}
-        for name, shape in shapes.items():  # one list serves all parameters with that many modes; vectors take its first entry
+        for (
+            name,
+            shape,
+        ) in shapes.items():  # one list serves all parameters with that many modes; vectors take its first entry
             is_list = isinstance(ranks, Sequence)
             uniform[name] = [min(ranks[0], shape[0])] if is_list and len(shape) == 1 and len(ranks) > 1 else ranks  # type: ignore[index,arg-type]
         return {name: resolve_ranks(uniform[name], shape, name) for name, shape in shapes.items()}
     for pattern in ranks:
         if not any(matches_pattern(name, pattern) for name in shapes):
-            raise L3DError(f"ranks: pattern {pattern!r} matches none of the chosen parameters{did_you_mean(pattern, shapes)}")
+            raise L3DError(
+                f"ranks: pattern {pattern!r} matches none of the chosen parameters{did_you_mean(pattern, shapes)}"
+            )
     resolved = {}
     for name, shape in shapes.items():
         rank = next((rank for pattern, rank in ranks.items() if matches_pattern(name, pattern)), None)
@@ -63,7 +72,13 @@ class Directions(nn.Module):
     `parameters_of[name]` holds the Tucker tensors of one parameter (its module name has "/" for ".").
     """
 
-    def __init__(self, shapes: Mapping[str, Sequence[int]], ranks: Mapping[str, tuple[int, ...]], n: int, generator: torch.Generator | None):
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        ranks: Mapping[str, tuple[int, ...]],
+        n: int,
+        generator: torch.Generator | None,
+    ):
         super().__init__()
         self.names = tuple(shapes)
         self.n = n
@@ -136,7 +151,11 @@ class Prepared:
 
     def sample_energies(self) -> Tensor:
         """‖g_i‖² of every sample, [N]."""
-        total = torch.stack([gradient.squared_norms() for gradient in self.factored.values()]).sum(0) if self.factored else 0
+        total = (
+            torch.stack([gradient.squared_norms() for gradient in self.factored.values()]).sum(0)
+            if self.factored
+            else 0
+        )
         return total if self.block is None else self.block.square().sum(1) + total
 
     def gram(self) -> Tensor:
@@ -252,7 +271,10 @@ class Subnetworks(nn.Module):
         if size <= SMALL_PARAMETER:
             return True
         samples, positions = gradient.outputs.shape[:2]
-        build = n * min(ranks[0] * size + math.prod(ranks) * self.shapes[name][1], ranks[1] * size + math.prod(ranks) * self.shapes[name][0])
+        build = n * min(
+            ranks[0] * size + math.prod(ranks) * self.shapes[name][1],
+            ranks[1] * size + math.prod(ranks) * self.shapes[name][0],
+        )
         dense = samples * positions * size + 2 * build + 3 * samples * n * size
         per_pair = sum(d * r * r for d, r in zip(self.shapes[name], ranks, strict=True))
         gram = min(n * n * per_pair, n * n * size + build) * self.restarts // self.restarts**2
@@ -344,7 +366,9 @@ class Subnetworks(nn.Module):
     @torch.no_grad()
     def extract_restart(self, r: int) -> Subnetworks:
         """Restart r alone, as a new `Subnetworks`."""
-        alone = Subnetworks(self.shapes, self.n_subnetworks, {name: list(ranks) or 1 for name, ranks in self.ranks.items()})
+        alone = Subnetworks(
+            self.shapes, self.n_subnetworks, {name: list(ranks) or 1 for name, ranks in self.ranks.items()}
+        )
         for mine, theirs in ((alone.v_in, self.v_in), (alone.v_out, self.v_out)):
             mine.to(next(self.parameters()))
             mine.copy_({name: tucker.select(self.restart(r)) for name, tucker in theirs.tuckers().items()})
@@ -361,10 +385,14 @@ class Subnetworks(nn.Module):
             raise L3DError(f"subnetwork: found {k}; allowed are 0 to {self.n_subnetworks - 1}")
         index = restart * self.n_subnetworks + k
         directions = self.v_in if side == "in" else self.v_out
-        return {name: tucker.select(slice(index, index + 1)).dense()[0] for name, tucker in directions.tuckers().items()}
+        return {
+            name: tucker.select(slice(index, index + 1)).dense()[0] for name, tucker in directions.tuckers().items()
+        }
 
     @contextmanager
-    def perturbed(self, model: nn.Module, deltas: Mapping[int, float], restart: int = 0, parameters: Sequence[str] | None = None) -> Iterator[nn.Module]:
+    def perturbed(
+        self, model: nn.Module, deltas: Mapping[int, float], restart: int = 0, parameters: Sequence[str] | None = None
+    ) -> Iterator[nn.Module]:
         """W0 + sum_k delta_k v_k for the time of a `with` block; then every byte of W0 is put back, exceptions included.
 
         Args:
@@ -376,7 +404,9 @@ class Subnetworks(nn.Module):
         names = list(dict.fromkeys(self.shapes if parameters is None else parameters))
         for name in names:
             if name not in self.shapes:
-                raise L3DError(f"parameters: '{name}' is not among the decomposed ones{did_you_mean(name, self.shapes)}")
+                raise L3DError(
+                    f"parameters: '{name}' is not among the decomposed ones{did_you_mean(name, self.shapes)}"
+                )
         directions = {k: self.direction(k, restart) for k in deltas}
         saved = {name: tensors[name].detach().clone() for name in names}
         try:

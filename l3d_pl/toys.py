@@ -38,7 +38,14 @@ from l3d_pl.targets.training import load_target
 
 TOYS = ("tms", "tms_40_10", "tmcs", "high_rank_30", "high_rank_25", "squared")
 # A figure of its own beside the circuits recovered.
-QUALITY = {"tms": "cos", "tms_40_10": "mmcs", "tmcs": "r2_ratio", "high_rank_30": "share", "high_rank_25": "share", "squared": "share"}
+QUALITY = {
+    "tms": "cos",
+    "tms_40_10": "mmcs",
+    "tmcs": "r2_ratio",
+    "high_rank_30": "share",
+    "high_rank_25": "share",
+    "squared": "share",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,9 @@ class Run:
     score: dict[str, Any]
 
 
-def run_toys(toys: Sequence[str] | None, recipes: Sequence[str], seeds: int, targets: Sequence[str] | None, root: Path) -> list[Run]:
+def run_toys(
+    toys: Sequence[str] | None, recipes: Sequence[str], seeds: int, targets: Sequence[str] | None, root: Path
+) -> list[Run]:
     """Run all and print the table; rows go to `<root>/runs.json` and `<root>/table.md` as they come.
 
     Args:
@@ -83,7 +92,9 @@ def run_toys(toys: Sequence[str] | None, recipes: Sequence[str], seeds: int, tar
         require_choice("recipes", recipe, RECIPES)
     if seeds < 1:
         raise L3DError(f"seeds: found {seeds}; at least 1 is needed")
-    jobs = [job for toy in toys for target in targets for recipe in recipes for job in _jobs(toy, target, recipe, seeds)]
+    jobs = [
+        job for toy in toys for target in targets for recipe in recipes for job in _jobs(toy, target, recipe, seeds)
+    ]
     runs: list[Run] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     root.mkdir(parents=True, exist_ok=True)
@@ -129,13 +140,17 @@ def ensure_target(toy: str, target: str, root: Path) -> None:
         raise L3DError(f"targets: there is no file {target}")
     from l3d_pl.lightning_cli import train_target
 
-    train_target(["--config", str(shipped_configs() / "targets" / f"{toy}.yaml"), "--seed_everything", target], str(path))
+    train_target(
+        ["--config", str(shipped_configs() / "targets" / f"{toy}.yaml"), "--seed_everything", target], str(path)
+    )
 
 
 def run_job(job: Job, root: Path) -> list[Run]:
     """All runs of a job."""
     _calm()
-    config = yaml.safe_load((shipped_configs() / ("paper" if job.recipe == "paper" else "") / f"{job.toy}.yaml").read_text())
+    config = yaml.safe_load(
+        (shipped_configs() / ("paper" if job.recipe == "paper" else "") / f"{job.toy}.yaml").read_text()
+    )
     if job.side_by_side:
         return fit_and_score(job, config, root, seed=0)
     return [run for seed in job.seeds for run in fit_and_score(job, config, root, seed)]
@@ -176,10 +191,25 @@ def fit_and_score(job: Job, config: dict[str, Any], root: Path, seed: int) -> li
         found = module.decomposition(restart)
         loss = statistics.mean(found.reconstruction_loss(inputs, seed=draw) for draw in range(3))
         score = score_toy(
-            data_settings["task"], found.directions(), model["target"].state_dict(), truth, found.p_act > 0, loss=loss,
+            data_settings["task"],
+            found.directions(),
+            model["target"].state_dict(),
+            truth,
+            found.p_act > 0,
+            loss=loss,
             group_size=data_settings.get("group_size", 1),
         )
-        runs.append(Run(job.toy, job.target, name, job.seeds[restart] if job.side_by_side else seed, loss, seconds, score.to_dict()))
+        runs.append(
+            Run(
+                job.toy,
+                job.target,
+                name,
+                job.seeds[restart] if job.side_by_side else seed,
+                loss,
+                seconds,
+                score.to_dict(),
+            )
+        )
     return runs
 
 
@@ -190,7 +220,19 @@ def _calm() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-HEADER = ("toy", "target", "recipe", "runs with every circuit", "fewest circuits", "L mean", "L max", "quality mean", "quality min", "dead", "s per run")
+HEADER = (
+    "toy",
+    "target",
+    "recipe",
+    "runs with every circuit",
+    "fewest circuits",
+    "L mean",
+    "L max",
+    "quality mean",
+    "quality min",
+    "dead",
+    "s per run",
+)
 
 
 def rows_of(runs: Sequence[Run]) -> list[tuple[str, ...]]:
@@ -199,7 +241,9 @@ def rows_of(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     for run in runs:
         groups.setdefault((run.toy, run.target, run.recipe), []).append(run)
     rows = []
-    for (toy, target, recipe), members in sorted(groups.items(), key=lambda item: (TOYS.index(item[0][0]), item[0][1:])):
+    for (toy, target, recipe), members in sorted(
+        groups.items(), key=lambda item: (TOYS.index(item[0][0]), item[0][1:])
+    ):
         scores = [ToyScore.from_dict(run.score) for run in members]
         recovered = [int(score.figures["recovered"] or 0) for score in scores]
         quality = [value for score in scores if (value := score.figures.get(QUALITY[toy])) is not None]

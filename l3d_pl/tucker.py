@@ -32,12 +32,16 @@ def resolve_ranks(rank: Rank, shape: Sequence[int], name: str = "parameter") -> 
     explicit = isinstance(rank, Sequence)
     entries: list[int | float] = list(rank) if isinstance(rank, Sequence) else [rank] * len(shape)
     if len(entries) != len(shape):
-        raise L3DError(f"ranks of '{name}': found {len(entries)} entries {entries} for shape {tuple(shape)}; give one per mode")
+        raise L3DError(
+            f"ranks of '{name}': found {len(entries)} entries {entries} for shape {tuple(shape)}; give one per mode"
+        )
     resolved = []
     for entry, size in zip(entries, shape, strict=True):
         if isinstance(entry, float) and not entry.is_integer():
             if not 0 < entry < 1:
-                raise L3DError(f"ranks of '{name}': found fraction {entry}; allowed are fractions in (0, 1) or integers >= 1")
+                raise L3DError(
+                    f"ranks of '{name}': found fraction {entry}; allowed are fractions in (0, 1) or integers >= 1"
+                )
             resolved.append(math.ceil(entry * size))
         elif entry < 1:
             raise L3DError(f"ranks of '{name}': found {entry}; allowed are integers >= 1 or fractions in (0, 1)")
@@ -93,7 +97,9 @@ class Tucker(NamedTuple):
             rest = moved.shape[2:-1]
             tensor = (moved.flatten(2, -2) if rest else moved.unsqueeze(2)) @ small
             tensor = tensor.unflatten(2, rest).movedim(-1, mode + 2) if rest else tensor.squeeze(2)
-        return torch.einsum("klr,lr->kl", tensor.flatten(2) if self.ranks else tensor[..., None], other.core.reshape(other.n, -1))
+        return torch.einsum(
+            "klr,lr->kl", tensor.flatten(2) if self.ranks else tensor[..., None], other.core.reshape(other.n, -1)
+        )
 
     def squared_norms(self) -> Tensor:
         """‖v_k‖² of each tensor, [n], from the small Grams U^T U of its own factors."""

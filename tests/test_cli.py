@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,17 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from l3d_pl import Decomposition, __version__
 from l3d_pl.cli import find_config, main
 from l3d_pl.configs_path import shipped_configs
-from l3d_pl.errors import L3DError
 from l3d_pl.lightning_cli import L3DCLI, brief
 from l3d_pl.targets.toy import TiedAutoencoder
 from l3d_pl.targets.training import save_target
 
-FIT_CONFIGS = [str(path.relative_to(shipped_configs()).with_suffix("")) for path in sorted(shipped_configs().rglob("*.yaml"))]
+FIT_CONFIGS = [
+    str(path.relative_to(shipped_configs()).with_suffix("")) for path in sorted(shipped_configs().rglob("*.yaml"))
+]
 FIT_CONFIGS = [name for name in FIT_CONFIGS if not name.startswith("targets/")]
 SHORT = ["--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "1", "--model.init_samples", "40"]
 
@@ -40,7 +38,14 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def tms(*more: str, command: str = "fit") -> list[str]:
     """Arguments of a few steps of TMS on `t.safetensors`."""
-    small = ["--data.init_args.steps_per_epoch", "3", "--data.init_args.n_val", "20", "--model.target_weights", "t.safetensors"]
+    small = [
+        "--data.init_args.steps_per_epoch",
+        "3",
+        "--data.init_args.n_val",
+        "20",
+        "--model.target_weights",
+        "t.safetensors",
+    ]
     return [command, "--config", "tms", *small, *SHORT, "--trainer.default_root_dir", "run", *more]
 
 
@@ -61,8 +66,14 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 # -- values ------------------------------------------------------------------------------------------------------------
 
 BAD_VALUES = {
-    "a glob that matches nothing": (["--model.parameters", "W_inn"], ["parameters: pattern 'W_inn' matches no parameter", "did you mean 'W_in'?"]),
-    "one glob of two": (["--model.parameters", '["W_in", "c"]'], ["pattern 'c' matches no parameter", "it has W_in, b"]),
+    "a glob that matches nothing": (
+        ["--model.parameters", "W_inn"],
+        ["parameters: pattern 'W_inn' matches no parameter", "did you mean 'W_in'?"],
+    ),
+    "one glob of two": (
+        ["--model.parameters", '["W_in", "c"]'],
+        ["pattern 'c' matches no parameter", "it has W_in, b"],
+    ),
     "rank above the dimension": (["--model.ranks", "[5, 3]"], ["ranks of 'W_in'", "rank 3 above the dimension 2"]),
     "rank above every dimension": (["--model.ranks", "6"], ["ranks: found rank 6", "up to 5"]),
     "rank 0": (["--model.ranks", "0"], ["ranks of 'W_in': found 0"]),
@@ -101,12 +112,27 @@ def test_bad_value_is_one_line(case: str, capsys: pytest.CaptureFixture[str]) ->
 BAD_KEYS = {
     "model": (["--model.n_subnetwork", "5"], ["--model.n_subnetwork", "did you mean 'model.n_subnetworks'"]),
     "trainer": (["--trainer.max_epoch=5"], ["--trainer.max_epoch", "did you mean 'trainer.max_epochs'"]),
-    "data, whose class is a setting": (["--data.init_args.n_featuress", "5"], ["data: Option 'n_featuress'", "did you mean 'n_features'"]),
-    "target": (["--model.target.init_args.featuress", "5"], ["model.target: Option 'featuress'", "did you mean 'features'"]),
-    "a class of the target": (["--model.target.class_path", "l3d_pl.targets.toy.Autoencodr"], ["model.target", "did you mean 'Autoencoder'"]),
-    "a module of the target": (["--model.target.class_path", "nowhere.Model"], ["model.target", "nowhere.Model", "No module named 'nowhere'"]),
+    "data, whose class is a setting": (
+        ["--data.init_args.n_featuress", "5"],
+        ["data: Option 'n_featuress'", "did you mean 'n_features'"],
+    ),
+    "target": (
+        ["--model.target.init_args.featuress", "5"],
+        ["model.target: Option 'featuress'", "did you mean 'features'"],
+    ),
+    "a class of the target": (
+        ["--model.target.class_path", "l3d_pl.targets.toy.Autoencodr"],
+        ["model.target", "did you mean 'Autoencoder'"],
+    ),
+    "a module of the target": (
+        ["--model.target.class_path", "nowhere.Model"],
+        ["model.target", "nowhere.Model", "No module named 'nowhere'"],
+    ),
     "a class of the data": (["--data.class_path", "datamodules.toy.ToyDat"], ["data:", "did you mean 'ToyData'"]),
-    "data that are no data": (["--data.class_path", "l3d_pl.targets.toy.MLP"], ["data:", "l3d_pl.targets.toy.MLP", "LightningDataModule"]),
+    "data that are no data": (
+        ["--data.class_path", "l3d_pl.targets.toy.MLP"],
+        ["data:", "l3d_pl.targets.toy.MLP", "LightningDataModule"],
+    ),
     "a word too many": (["word"], ["unrecognized arguments: word"]),
 }
 
@@ -120,10 +146,19 @@ def test_unknown_key_names_the_near_match(case: str, capsys: pytest.CaptureFixtu
 
 
 BAD_FILES: dict[str, tuple[str, list[str]]] = {
-    "model key": ("model: {n_subnetwork: 3, target: {class_path: l3d_pl.targets.toy.MLP}}", ["model.n_subnetwork'", "did you mean 'model.n_subnetworks'"]),
+    "model key": (
+        "model: {n_subnetwork: 3, target: {class_path: l3d_pl.targets.toy.MLP}}",
+        ["model.n_subnetwork'", "did you mean 'model.n_subnetworks'"],
+    ),
     "group": ("modell: {k: 0.1}", ["modell.k", "did you mean 'model.k'"]),
-    "target key": ("model: {target: {class_path: l3d_pl.targets.toy.MLP, init_args: {size: [2, 2]}}}", ["'size'", "did you mean 'sizes'?"]),
-    "data key": ("data: {class_path: datamodules.toy.ToyData, init_args: {batchsize: 3}}", ["data: Option 'batchsize'", "did you mean 'batch_size'"]),
+    "target key": (
+        "model: {target: {class_path: l3d_pl.targets.toy.MLP, init_args: {size: [2, 2]}}}",
+        ["'size'", "did you mean 'sizes'?"],
+    ),
+    "data key": (
+        "data: {class_path: datamodules.toy.ToyData, init_args: {batchsize: 3}}",
+        ["data: Option 'batchsize'", "did you mean 'batch_size'"],
+    ),
     "value": ("model: {k: abc}", ["model.k: found 'abc', allowed: float"]),
     "malformed": ("model: [1, 2\n  k: 3\n", ["bad.yaml is no YAML in line 2, column 4"]),
     "tab": ("model:\n\tk: 3\n", ["bad.yaml is no YAML in line 2, column 1"]),
@@ -154,7 +189,7 @@ def test_unknown_commands_and_missing_configs(capsys: pytest.CaptureFixture[str]
 
 def test_nothing_of_jsonargparse_stays_in_the_line() -> None:
     nested = (
-        'Parser key "a":\nDoes not validate against any of the Union subtypes\nSubtypes: [<class \'int\'>, <class \'NoneType\'>]\nErrors:\n'
+        "Parser key \"a\":\nDoes not validate against any of the Union subtypes\nSubtypes: [<class 'int'>, <class 'NoneType'>]\nErrors:\n"
         "  - Expected a <class 'int'>\n  - Expected a <class 'NoneType'>\nGiven value type: <class 'str'>\nGiven value: x\ny"
     )
     assert brief(nested) == r"a: found 'x\ny', allowed: int, null"
@@ -174,7 +209,9 @@ def test_target_file_missing_truncated_or_of_another_shape(capsys: pytest.Captur
     whole = Path("t.safetensors").read_bytes()
     for size in (0, 4, 60, len(whole) - 1):
         Path("cut.safetensors").write_bytes(whole[:size])
-        assert "cut.safetensors is truncated or no safetensors file" in refused(capsys, *tms(*weights, "cut.safetensors"))
+        assert "cut.safetensors is truncated or no safetensors file" in refused(
+            capsys, *tms(*weights, "cut.safetensors")
+        )
     line = refused(capsys, *tms("--model.target.init_args.features", "6"))
     assert line == "target file: tensor 'W_in' in t.safetensors is [5, 2], TiedAutoencoder expects [6, 2]"
 
@@ -188,8 +225,15 @@ def test_checkpoint_missing_damaged_or_of_another_target(capsys: pytest.CaptureF
     for command in ("fit", "validate", "test"):
         line = refused(capsys, *tms(*resume, "--model.target_weights", "other.safetensors", command=command))
         assert line.startswith("checkpoint: it is of another target model, fingerprint ")
-    for other in (["--model.n_subnetworks", "6"], ["--model.ranks", "2"], ["--model.restarts", "2"], ["--model.parameters", "W_in"]):
-        assert "n_subnetworks, ranks, parameters and restarts have to be the checkpoint's" in refused(capsys, *tms(*resume, *other))
+    for other in (
+        ["--model.n_subnetworks", "6"],
+        ["--model.ranks", "2"],
+        ["--model.restarts", "2"],
+        ["--model.parameters", "W_in"],
+    ):
+        assert "n_subnetworks, ranks, parameters and restarts have to be the checkpoint's" in refused(
+            capsys, *tms(*resume, *other)
+        )
     whole = checkpoint.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"no checkpoint at all"):
         checkpoint.write_bytes(damaged)
@@ -289,15 +333,30 @@ def test_own_module_and_data_from_the_working_directory(capsys: pytest.CaptureFi
     assert main(["fit", "--config", "run/config.yaml", "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
     assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 8
     for command in ("validate", "test"):
-        assert main([command, "--config", "run/config.yaml", "--ckpt_path", "last"]) == (0 if command == "validate" else 2)
+        assert main([command, "--config", "run/config.yaml", "--ckpt_path", "last"]) == (
+            0 if command == "validate" else 2
+        )
 
 
 def test_nan_in_the_data_names_batch_and_parameter(capsys: pytest.CaptureFixture[str]) -> None:
     own_files()
     random = ["--model.init", "random", "--model.swap_every", "0"]  # nothing is looked at before the first step
     for more in ([], random):
-        line = refused(capsys, "fit", "--config", "own.yaml", *SHORT, *more, "--data.init_args.bad", "1", "--model.reference", "uniform")
-        assert line.startswith("batch 1: found NaN or infinity in the data; first in the gradient of parameter 'first.weight'"), line
+        line = refused(
+            capsys,
+            "fit",
+            "--config",
+            "own.yaml",
+            *SHORT,
+            *more,
+            "--data.init_args.bad",
+            "1",
+            "--model.reference",
+            "uniform",
+        )
+        assert line.startswith(
+            "batch 1: found NaN or infinity in the data; first in the gradient of parameter 'first.weight'"
+        ), line
         assert "bad_samples: skip" in line
 
 
@@ -305,7 +364,9 @@ def test_nan_in_a_gradient_names_batch_and_parameter(capsys: pytest.CaptureFixtu
     own_files()
     bad = ["--data.init_args.bad", "3", "--data.init_args.large", "true"]
     line = refused(capsys, "fit", "--config", "own.yaml", *SHORT, *bad)
-    assert line.startswith("batch 1: found NaN or infinity in the gradient; first in the gradient of parameter 'second.weight', 3 of 10 samples"), line
+    assert line.startswith(
+        "batch 1: found NaN or infinity in the gradient; first in the gradient of parameter 'second.weight', 3 of 10 samples"
+    ), line
 
 
 def test_bad_samples_are_skipped_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,7 +392,9 @@ def test_bad_data_are_skipped_in_validation_too(capsys: pytest.CaptureFixture[st
 def test_own_empty_data_and_no_data(capsys: pytest.CaptureFixture[str]) -> None:
     own_files()
     for more in ([], ["--model.recipe", "paper"], ["--trainer.max_epochs", "null", "--trainer.max_steps", "3"]):
-        assert "training set is empty" in refused(capsys, "fit", "--config", "own.yaml", *SHORT, "--data.init_args.rows", "0", *more)
+        assert "training set is empty" in refused(
+            capsys, "fit", "--config", "own.yaml", *SHORT, "--data.init_args.rows", "0", *more
+        )
     text = Path("own.yaml").read_text()
     Path("own.yaml").write_text("\n".join(line for line in text.splitlines() if not line.startswith("data")))
     assert "train_dataloader" in refused(capsys, "fit", "--config", "own.yaml", *SHORT)
@@ -350,7 +413,9 @@ def parsed(args: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("name", FIT_CONFIGS)
-def test_print_config_round_trips(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_print_config_round_trips(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(SystemExit) as end:
         main(["fit", "--config", name, "--model.k", "0.123", "--print_config"])
     assert end.value.code in (0, None)
@@ -360,7 +425,10 @@ def test_print_config_round_trips(name: str, capsys: pytest.CaptureFixture[str],
     with pytest.raises(SystemExit):
         main(["fit", "--config", "printed.yaml", "--print_config"])
     assert capsys.readouterr().out == printed
-    first, second = (parsed(args, monkeypatch) for args in (["fit", "--config", find_config(name), "--model.k", "0.123"], ["fit", "--config", "printed.yaml"]))
+    first, second = (
+        parsed(args, monkeypatch)
+        for args in (["fit", "--config", find_config(name), "--model.k", "0.123"], ["fit", "--config", "printed.yaml"])
+    )
     first.pop("config"), second.pop("config")
     assert first == second
 
@@ -379,6 +447,7 @@ def test_every_value_can_be_set_from_the_command_line(monkeypatch: pytest.Monkey
         "model.k_start": 0.75,
         "model.lr_schedule": "constant",
         "model.swap_every": 3,
+        "model.swap_samples": 77,
         "model.lr": 1e-3,
         "model.weight_decay": 0.5,
         "model.betas": [0.5, 0.6],
@@ -405,7 +474,11 @@ def test_every_value_can_be_set_from_the_command_line(monkeypatch: pytest.Monkey
         "seed_everything": 12,
         "ckpt_path": "last",
     }
-    args = [word for key, value in settings.items() for word in (f"--{key}", yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip())]
+    args = [
+        word
+        for key, value in settings.items()
+        for word in (f"--{key}", yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip())
+    ]
     config = parsed(["fit", "--config", find_config("tms"), *args], monkeypatch)
     found = {key: config.get(key) for key in settings}
     found["model.betas"] = list(found["model.betas"])
@@ -436,17 +509,28 @@ def test_fit_trains_a_missing_target_and_leaves_one_that_is_there(capsys: pytest
     assert main(["target", "--config", "recipe.yaml", "--seed_everything", "7", "--model.name", "little"]) == 0
     assert Path("runs/targets/little_seed7.safetensors").is_file()
     Path("file").write_text("")
-    assert refused(capsys, "target", "--config", "recipe.yaml", "--output", "file/x.safetensors").startswith("output: file cannot be written to")
+    assert refused(capsys, "target", "--config", "recipe.yaml", "--output", "file/x.safetensors").startswith(
+        "output: file cannot be written to"
+    )
 
 
-def test_score_of_a_toy_run_and_a_fit_from_another_folder(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_score_of_a_toy_run_and_a_fit_from_another_folder(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("below").mkdir()
     monkeypatch.chdir("below")
     assert main(tms("--model.target_weights", "../t.safetensors")) == 0
     assert "features recovered" in capsys.readouterr().out
     assert main(["score", "run"]) == 0
     assert "recovered" in capsys.readouterr().out
-    for path in ("config.yaml", "checkpoints/last.ckpt", "metrics.csv", "decomposition/model.safetensors", "score.json", "atlas/index.html"):
+    for path in (
+        "config.yaml",
+        "checkpoints/last.ckpt",
+        "metrics.csv",
+        "decomposition/model.safetensors",
+        "score.json",
+        "atlas/index.html",
+    ):
         assert Path("run", path).is_file(), path
     monkeypatch.chdir("..")
     assert "target below" not in refused(capsys, "score", "below/run")  # its target was named from below/
@@ -454,13 +538,18 @@ def test_score_of_a_toy_run_and_a_fit_from_another_folder(capsys: pytest.Capture
         assert main(tms("--trainer.default_root_dir", "below/run", "--ckpt_path", "last", command=command)) == 0
 
 
-@pytest.mark.parametrize(("args", "expected"), [([], "l3d fit|validate|test"), (["--help"], "l3d fit|validate|test"), (["--version"], __version__)])
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [([], "l3d fit|validate|test"), (["--help"], "l3d fit|validate|test"), (["--version"], __version__)],
+)
 def test_help_and_version(args: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(args) == 0
     assert expected in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("command", "expected"), [("score", "a run's directory"), ("fit", "--model.k"), ("report", "a run's directory")])
+@pytest.mark.parametrize(
+    ("command", "expected"), [("score", "a run's directory"), ("fit", "--model.k"), ("report", "a run's directory")]
+)
 def test_help_of_a_command(command: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
@@ -472,6 +561,8 @@ def test_the_command_itself() -> None:
     """The console script, in a process of its own: a module of the working directory is found, an error is one line."""
     own_files()
     script = Path(sys.executable).with_name("l3d")
-    done = subprocess.run([script, "fit", "--config", "own.yaml", "--model.k", "2"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [script, "fit", "--config", "own.yaml", "--model.k", "2"], capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "l3d: error: k: found 2.0; allowed is the fraction of coefficients to keep, in (0, 1]\n"

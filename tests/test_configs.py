@@ -46,7 +46,9 @@ def test_target_config_trains_and_saves(name: str, capsys: pytest.CaptureFixture
     assert file.is_file()
     own = instantiate_class((), {"init_args": {}, **config["model"]["model"]}).state_dict()
     saved = load_file(file)
-    assert {key: tensor.shape for key, tensor in saved.items() if not key.startswith("truth.")} == {key: tensor.shape for key, tensor in own.items()}
+    assert {key: tensor.shape for key, tensor in saved.items() if not key.startswith("truth.")} == {
+        key: tensor.shape for key, tensor in own.items()
+    }
     has_truth = config["data"].get("init_args", {}).get("task") in ("tmcs", "high_rank")
     assert ("truth.A" in saved) == has_truth
     assert capsys.readouterr().out.startswith(f"target {file}: ")
@@ -65,7 +67,9 @@ def test_fit_config_runs(name: str) -> None:
     root = Path(config["trainer"]["default_root_dir"])
     checkpoint = torch.load(root / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 3
-    assert all(value.isfinite().all() for key, value in checkpoint["state_dict"].items() if key.startswith("subnetworks."))
+    assert all(
+        value.isfinite().all() for key, value in checkpoint["state_dict"].items() if key.startswith("subnetworks.")
+    )
     found = Decomposition.from_pretrained(root / "decomposition", target=target)
     assert found.n_subnetworks == config["model"]["n_subnetworks"]
     assert 0 < found.figures["val/loss"] < 10
@@ -75,10 +79,18 @@ def test_fit_config_runs(name: str) -> None:
 def test_fit_and_its_target_are_about_the_same_model_and_task(name: str) -> None:
     fit = read(name)
     recipe = read(fit["model"]["target_config"])
-    assert fit["model"]["target_weights"] == f"runs/targets/{recipe['model']['name']}_seed{recipe['seed_everything']}.safetensors"
-    mine, theirs = (instantiate_class((), {"init_args": {}, **target}) for target in (fit["model"]["target"], recipe["model"]["model"]))
+    assert (
+        fit["model"]["target_weights"]
+        == f"runs/targets/{recipe['model']['name']}_seed{recipe['seed_everything']}.safetensors"
+    )
+    mine, theirs = (
+        instantiate_class((), {"init_args": {}, **target})
+        for target in (fit["model"]["target"], recipe["model"]["model"])
+    )
     assert type(mine) is type(theirs)
-    assert {key: tensor.shape for key, tensor in mine.state_dict().items()} == {key: tensor.shape for key, tensor in theirs.state_dict().items()}
+    assert {key: tensor.shape for key, tensor in mine.state_dict().items()} == {
+        key: tensor.shape for key, tensor in theirs.state_dict().items()
+    }
     assert fit["data"]["class_path"] == recipe["data"]["class_path"]
     data = [{"group_size": 1, **config["data"]["init_args"]} for config in (fit, recipe)]
     for key in ("task", "n_features", "probability", "group_size"):

@@ -34,18 +34,43 @@ STEPS = 40
 RTOL = 3e-5  # CPUs order their sums differently, and 40 steps carry that on
 
 PUBLISHED = {"init": "random", "k_start": 1.0, "lr_schedule": "step", "lr_step_epochs": 2, "swap_every": 0}
-ANNEALED = {"init": "random", "k_start": 0.5, "lr_schedule": "cosine", "swap_every": 10, "init_samples": 200}
+ANNEALED = {
+    "init": "random",
+    "k_start": 0.5,
+    "lr_schedule": "cosine",
+    "swap_every": 10,
+    "init_samples": 200,
+    "swap_samples": 100,
+}
 REPAIRED = {**ANNEALED, "init": "gradients"}
 
 # name: target, settings of L3D, data
 CASES: dict[str, tuple[type[nn.Module], dict[str, Any], type[L.LightningDataModule], dict[str, Any]]] = {
     "tms_published": (TiedAutoencoder, {"n_subnetworks": 5, "ranks": 1, **PUBLISHED}, ToyData, {"points": 320}),
-    "tms_repaired": (TiedAutoencoder, {"n_subnetworks": 5, "ranks": 1, **REPAIRED}, ToyData, {"points": None, "steps_per_epoch": 20}),
-    "tmcs": (Autoencoder, {"n_subnetworks": 10, "ranks": 1, "restarts": 2, **REPAIRED}, ToyData, {"task": "tmcs", "n_features": 10, "points": 320}),
+    "tms_repaired": (
+        TiedAutoencoder,
+        {"n_subnetworks": 5, "ranks": 1, **REPAIRED},
+        ToyData,
+        {"points": None, "steps_per_epoch": 20},
+    ),
+    "tmcs": (
+        Autoencoder,
+        {"n_subnetworks": 10, "ranks": 1, "restarts": 2, **REPAIRED},
+        ToyData,
+        {"task": "tmcs", "n_features": 10, "points": 320},
+    ),
     "squared": (MLP, {"n_subnetworks": 5, "ranks": 2, **ANNEALED}, ToyData, {"task": "squared", "points": 320}),
     "digits_linear": (
         DigitsCNN,
-        {"parameters": ["fc1.*", "fc2.*"], "n_subnetworks": 12, "ranks": 0.1, "divergence": "kl", "dead_after": 64, "aux_coefficient": 1 / 32, **ANNEALED},
+        {
+            "parameters": ["fc1.*", "fc2.*"],
+            "n_subnetworks": 12,
+            "ranks": 0.1,
+            "divergence": "kl",
+            "dead_after": 64,
+            "aux_coefficient": 1 / 32,
+            **ANNEALED,
+        },
         DigitsData,
         {"batch_size": 32},
     ),
@@ -80,7 +105,9 @@ def drawn(kind: type[nn.Module], **sizes: int) -> nn.Module:
 def curve(name: str, root: Path) -> dict[str, list[float]]:
     """{"train": loss of each step, "val": held-out loss of each restart, "v_in_norms": norm of each row of V_in}."""
     kind, settings, data, data_settings = CASES[name]
-    module = L3D(drawn(kind, **SIZES.get(name, {})).to(dtype_of(name)), **{"k": 0.15, "lr": 0.01, "seed": 3, **settings})
+    module = L3D(
+        drawn(kind, **SIZES.get(name, {})).to(dtype_of(name)), **{"k": 0.15, "lr": 0.01, "seed": 3, **settings}
+    )
     losses = Losses()
     trainer = L.Trainer(
         max_steps=STEPS,

@@ -30,7 +30,10 @@ def tied() -> nn.Module:
 
 
 def module_of(target: nn.Module | None = None, **settings: Any) -> L3D:
-    return L3D(tied() if target is None else target, **{"n_subnetworks": 4, "k": 0.3, "seed": 3, "init_samples": 40, **settings})
+    return L3D(
+        tied() if target is None else target,
+        **{"n_subnetworks": 4, "k": 0.3, "seed": 3, "init_samples": 40, **settings},
+    )
 
 
 def data_of(**settings: Any) -> ToyData:
@@ -38,9 +41,16 @@ def data_of(**settings: Any) -> ToyData:
 
 
 def trainer_of(root: Path, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     fixed = {"accelerator": "cpu", "use_distributed_sampler": False, "num_sanity_val_steps": 0, "inference_mode": False}
-    return L.Trainer(default_root_dir=root, callbacks=list(callbacks), **{**quiet, **fixed, "max_steps": 10, **settings})
+    return L.Trainer(
+        default_root_dir=root, callbacks=list(callbacks), **{**quiet, **fixed, "max_steps": 10, **settings}
+    )
 
 
 class AfterEachStep(L.Callback):
@@ -68,7 +78,9 @@ class BeforeOptimizer(AfterEachStep):
 
 @pytest.mark.parametrize("kind", [TiedAutoencoder, MLP])
 @pytest.mark.parametrize("settings", [{}, REPAIRS, {"recipe": "paper"}], ids=["default", "repairs", "paper"])
-def test_subnetworks_have_unit_norm_after_every_step(tmp_path: Path, kind: type[nn.Module], settings: dict[str, Any]) -> None:
+def test_subnetworks_have_unit_norm_after_every_step(
+    tmp_path: Path, kind: type[nn.Module], settings: dict[str, Any]
+) -> None:
     norms: list[Tensor] = []
 
     def look(module: L3D) -> None:
@@ -114,7 +126,7 @@ def test_target_is_the_same_after_a_run_and_in_no_checkpoint(tmp_path: Path) -> 
 
 
 def test_plain_loaders_of_tensors_tuples_and_mappings(tmp_path: Path) -> None:
-    x = data_of().draw(96, "own")["inputs"] if hasattr(data_of().draw(4, "own"), "keys") else data_of().draw(96, "own").tensors["inputs"]
+    x = data_of().draw(96, "own").tensors["inputs"]
     forms: dict[str, Any] = {"tuple": TensorDataset(x, x), "tensor": x, "mapping": [{"inputs": row} for row in x]}
     results = {}
     for name, rows in forms.items():
@@ -140,9 +152,14 @@ def test_accumulated_gradient_is_the_mean_over_batches_and_is_clipped(tmp_path: 
     data = data_of()
     data.setup()
     batches = list(data.first_dataloader())[:2]
-    expected = [torch.stack(pair).mean(0) for pair in zip(*(gradients_of(module_of(**settings), batch, 0.3) for batch in batches), strict=True)]
+    expected = [
+        torch.stack(pair).mean(0)
+        for pair in zip(*(gradients_of(module_of(**settings), batch, 0.3) for batch in batches), strict=True)
+    ]
     seen: list[list[Tensor]] = []
-    look = BeforeOptimizer(lambda module: seen.append([parameter.grad.clone() for parameter in module.subnetworks.parameters()]))
+    look = BeforeOptimizer(
+        lambda module: seen.append([parameter.grad.clone() for parameter in module.subnetworks.parameters()])
+    )
     module = module_of(**settings)
     trainer = trainer_of(tmp_path, look, max_steps=2, accumulate_grad_batches=2)
     trainer.fit(module, data_of())
@@ -154,7 +171,13 @@ def test_accumulated_gradient_is_the_mean_over_batches_and_is_clipped(tmp_path: 
 
     class Clipped(L.Callback):
         def on_before_zero_grad(self, trainer: L.Trainer, module: L3D, optimizer: object) -> None:
-            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in module.subnetworks.parameters() if p.grad is not None])))
+            norms.append(
+                float(
+                    torch.nn.utils.get_total_norm(
+                        [p.grad for p in module.subnetworks.parameters() if p.grad is not None]
+                    )
+                )
+            )
 
     limit = 0.1 * float(torch.nn.utils.get_total_norm(expected))
     trainer_of(tmp_path, Clipped(), max_steps=2, gradient_clip_val=limit).fit(module_of(**settings), data_of())
@@ -198,7 +221,9 @@ def test_dense_epochs_come_first(tmp_path: Path) -> None:
         active.append(int(module.active_samples.sum()) - sum(active))
         thresholds.append(bool(module.threshold.started))
 
-    trainer_of(tmp_path, AfterEachStep(look), max_steps=8).fit(module_of(dense_epochs=1, k=0.1, k_start=1.0), data_of(points=64))
+    trainer_of(tmp_path, AfterEachStep(look), max_steps=8).fit(
+        module_of(dense_epochs=1, k=0.1, k_start=1.0), data_of(points=64)
+    )
     assert active == [16 * 4] * 4 + [n_selected(0.1, 16 * 4)] * 4  # four batches an epoch
     assert thresholds == [False] * 4 + [True] * 4
 
@@ -250,7 +275,9 @@ def test_first_restart_is_the_run_without_restarts(tmp_path: Path) -> None:
         trainer_of(tmp_path).fit(module, data_of())
     for k in range(4):
         for name, tensor in modules[0].subnetworks.direction(k).items():
-            torch.testing.assert_close(modules[1].subnetworks.direction(k, restart=0)[name], tensor, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                modules[1].subnetworks.direction(k, restart=0)[name], tensor, rtol=1e-3, atol=1e-4
+            )
             assert not torch.allclose(modules[1].subnetworks.direction(k, restart=1)[name], tensor, atol=1e-2)
 
 
@@ -258,31 +285,45 @@ def test_first_restart_is_the_run_without_restarts(tmp_path: Path) -> None:
 
 
 def test_what_is_logged(tmp_path: Path) -> None:
-    module = module_of(restarts=2, swap_every=0)
-    trainer = trainer_of(tmp_path, logger=RunLogger(str(tmp_path)), log_every_n_steps=2, max_steps=12)
+    module = module_of(swap_every=0)
+    losses: list[float] = []
+
+    class Losses(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: L3D, outputs: Any, *_: object) -> None:
+            losses.append(float(outputs["loss"]))
+
+    trainer = trainer_of(tmp_path, Losses(), logger=RunLogger(str(tmp_path)), log_every_n_steps=2, max_steps=12)
     trainer.fit(module, data_of())  # two epochs of six batches
     with open(tmp_path / "metrics.csv", newline="") as file:
         rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     train = [row for row in rows if "train/loss" in row]
-    assert [row["step"] for row in train] == [0, 2, 4, 6, 8, 10]
+    assert [row["step"] for row in train] == [1, 3, 5, 7, 9, 11]  # steps count from 0
     p_act = {f"p_act/{k}" for k in range(4)}
     names = {"loss", "norm_ratio", "l0", "k", "threshold", "dead_fraction", "skipped_samples", "loss/W_in", "loss/b"}
-    assert {f"train/{name}" for name in names} | {"lr", "step", "epoch"} == set(train[0])
-    assert {f"train/{name}" for name in names} | {"lr", "step", "epoch", "train/samples_per_second"} == set(train[1])
     for row in train:
+        assert set(row) == {f"train/{name}" for name in names | {"samples_per_second"}} | {"lr", "step", "epoch"}
+        assert row["train/loss"] == pytest.approx(losses[int(row["step"])])
         assert row["train/norm_ratio"] == pytest.approx(math.sqrt(row["train/loss"]))
-        assert row["train/l0"] == n_selected(row["train/k"], 16 * 4) / 16  # mean active per sample: exactly the fraction k
+        assert (
+            row["train/l0"] == n_selected(row["train/k"], 16 * 4) / 16
+        )  # mean active per sample: exactly the fraction k
         assert row["train/skipped_samples"] == 0
-        assert row.get("train/samples_per_second", 1) > 0
+        assert row["train/samples_per_second"] > 0
     epochs = [row for row in rows if "train/p_act/0" in row]
     assert len(epochs) == 2
     assert all(0 <= row[f"train/{name}"] <= 1 for row in epochs for name in p_act)
 
     val = {key: value for row in rows for key, value in row.items() if key.startswith("val/")}
-    expected = {"loss", "norm_ratio", "loss_at_threshold", "l0_at_threshold", "dead_fraction", "loss/restart_0", "loss/restart_1"} | p_act
+    expected = {"loss", "norm_ratio", "loss_at_threshold", "l0_at_threshold", "dead_fraction"} | p_act
     assert set(val) == {f"val/{name}" for name in expected}
-    assert val["val/loss"] == pytest.approx(min(val["val/loss/restart_0"], val["val/loss/restart_1"]))
     assert val["val/l0_at_threshold"] == pytest.approx(sum(val[f"val/{name}"] for name in p_act), rel=1e-4)
+
+
+def test_restarts_are_logged_one_by_one(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, max_epochs=1)
+    trainer.fit(module_of(restarts=3), data_of())
+    figures = trainer.logged_metrics
+    assert figures["val/loss"] == min(figures[f"val/loss/restart_{r}"] for r in range(3))
 
 
 @pytest.mark.parametrize("n_batches", [1, 3])
@@ -294,7 +335,12 @@ def test_validation_figures_equal_a_direct_computation(tmp_path: Path, n_batches
     inputs = data.validation.tensors["inputs"]
     batches = inputs.tensor_split(n_batches)
     found = trainer_of(tmp_path).validate(module, DataLoader(list(batches), batch_size=None), verbose=False)[0]
-    rows = [torch.stack([torch.cat([t.flatten() for t in module.subnetworks.direction(k, side=side).values()]) for k in range(4)]) for side in ("in", "out")]
+    rows = [
+        torch.stack(
+            [torch.cat([t.flatten() for t in module.subnetworks.direction(k, side=side).values()]) for k in range(4)]
+        )
+        for side in ("in", "out")
+    ]
     error = at_threshold = energy = torch.zeros((), dtype=torch.float64)
     active = torch.zeros(4)
     for batch in batches:
@@ -333,7 +379,9 @@ def test_validation_is_deterministic_and_of_the_final_weights(tmp_path: Path) ->
     assert exported.figures["val/loss"] == final
     assert torch.equal(exported.p_act, module.p_act[0])
     with open(tmp_path / "metrics.csv", newline="") as file:
-        assert [float(row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")][-1] == pytest.approx(final)
+        assert [float(row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")][-1] == pytest.approx(
+            final
+        )
 
 
 # -- dead subnetworks --------------------------------------------------------------------------------------------------
@@ -362,14 +410,22 @@ def test_dead_subnetwork_is_revived(tmp_path: Path) -> None:
 
     def look(module: L3D) -> None:
         encoder = sum(float(t.square().sum()) for t in module.subnetworks.direction(2, side="in").values())
-        state = [value for p in module.subnetworks.parameters() for value in module.optimizers(use_pl_optimizer=False).state[p].values()]
+        state = [
+            value
+            for p in module.subnetworks.parameters()
+            for value in module.optimizers(use_pl_optimizer=False).state[p].values()
+        ]
         moments = sum(float(value[2].abs().sum()) for value in state if value.ndim > 1)
         seen.append((bool(module.dead()[0, 2]), encoder, moments))
 
     trainer_of(tmp_path, Bury(2), AfterEachStep(look), max_steps=2).fit(module, data_of())
     assert seen[0][0]
     assert seen[0][1] < 1e-2
-    assert seen[1] == (False, pytest.approx(1.0, abs=1e-4), 0.0)  # alive, an encoder of unit norm, no memory in the optimizer
+    assert seen[1] == (
+        False,
+        pytest.approx(1.0, abs=1e-4),
+        0.0,
+    )  # alive, an encoder of unit norm, no memory in the optimizer
     kept = module_of(swap_every=0, revive_every=0, dead_after=10_000, k=0.2)
     trainer_of(tmp_path, Bury(2), max_steps=2).fit(kept, data_of())
     assert bool(kept.dead()[0, 2])
@@ -380,7 +436,9 @@ def test_auxiliary_loss_gives_the_dead_a_gradient(tmp_path: Path, coefficient: f
     sizes: list[Tensor] = []
 
     def look(module: L3D) -> None:
-        sizes.append(torch.stack([part.core.grad.flatten(1).abs().sum(1) for part in module.subnetworks.v_in.children()]).sum(0))
+        sizes.append(
+            torch.stack([part.core.grad.flatten(1).abs().sum(1) for part in module.subnetworks.v_in.children()]).sum(0)
+        )
 
     module = module_of(swap_every=0, aux_coefficient=coefficient, k=0.2, k_start=1.0)
     trainer_of(tmp_path, Bury(2), BeforeOptimizer(look), max_steps=1).fit(module, data_of())
@@ -399,8 +457,13 @@ def test_nan_names_its_batch_and_skip_leaves_the_rest(tmp_path: Path, where: str
     loaders = DataLoader(train, 16), DataLoader(val, 16)
     # each sample by itself, so that a NaN stays where it is
     settings: dict[str, Any] = {"reference": "contrastive"}
-    pairs = [DataLoader([{"inputs": row, "contrast": torch.zeros(5)} for row in loader.dataset], 16) for loader in loaders]
-    with pytest.raises(L3DError, match="batch 2: found NaN or infinity in the data; first in the gradient of parameter 'W_in', 1 of 16 samples"):
+    pairs = [
+        DataLoader([{"inputs": row, "contrast": torch.zeros(5)} for row in loader.dataset], 16) for loader in loaders
+    ]
+    with pytest.raises(
+        L3DError,
+        match="batch 2: found NaN or infinity in the data; first in the gradient of parameter 'W_in', 1 of 16 samples",
+    ):
         trainer_of(tmp_path).fit(module_of(**settings), *pairs)
     module = module_of(bad_samples="skip", **settings)
     trainer_of(tmp_path, max_steps=8).fit(module, *pairs)  # two epochs

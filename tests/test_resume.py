@@ -13,7 +13,7 @@ import torch
 
 from datamodules.toy import ToyData
 from l3d_pl import L3D, L3DError
-from l3d_pl.callbacks import AtomicCheckpointIO, Checkpoints, ExportDecomposition, RandomState, Stopped, StopOnSignal
+from l3d_pl.callbacks import AtomicCheckpointIO, Checkpoints, ExportDecomposition, RandomState, StopOnSignal, Stopped
 from l3d_pl.targets.toy import TiedAutoencoder
 
 SETTINGS = {
@@ -23,7 +23,15 @@ SETTINGS = {
 }
 
 
-def fit(root: Path, steps: int, resume: bool = False, stop_at: int | None = None, points: int | None = 100, weight: float = 1.0, **settings) -> L3D:
+def fit(
+    root: Path,
+    steps: int,
+    resume: bool = False,
+    stop_at: int | None = None,
+    points: int | None = 100,
+    weight: float = 1.0,
+    **settings,
+) -> L3D:
     """A fit of a little TMS; `stop_at` sends the process a SIGTERM in that step."""
     torch.manual_seed(7)
     target = TiedAutoencoder(5, 2)
@@ -45,7 +53,13 @@ def fit(root: Path, steps: int, resume: bool = False, stop_at: int | None = None
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         inference_mode=False,
-        callbacks=[Stopper(), RandomState(), StopOnSignal(), ExportDecomposition(), Checkpoints(every_n_train_steps=1000)],
+        callbacks=[
+            Stopper(),
+            RandomState(),
+            StopOnSignal(),
+            ExportDecomposition(),
+            Checkpoints(every_n_train_steps=1000),
+        ],
         plugins=[AtomicCheckpointIO()],
     )
     module = L3D(target, n_subnetworks=4, seed=3, init_samples=60, **settings)
@@ -60,15 +74,21 @@ def state_of(module: L3D) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("points", [100, None], ids=["fixed points", "fresh data"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_stopped_anywhere_and_resumed_is_bit_for_bit_the_uninterrupted_run(tmp_path: Path, name: str, points: int | None) -> None:
+def test_stopped_anywhere_and_resumed_is_bit_for_bit_the_uninterrupted_run(
+    tmp_path: Path, name: str, points: int | None
+) -> None:
     expected = state_of(fit(tmp_path / "whole", 20, points=points, **SETTINGS[name]))
-    for stop_at in (0, 3, 6, 7, 13):  # the first step, mid-epoch, and both sides of an epoch's border (7 batches each)
-        root = tmp_path / f"stopped{stop_at}"
-        with pytest.raises(Stopped, match=f"after step {stop_at + 1}"):
-            fit(root, 20, stop_at=stop_at, points=points, **SETTINGS[name])
+    # The first step, mid-epoch, both sides of an epoch's border (7 batches each), and two stops in a row across one.
+    for stops in ((0,), (3,), (6,), (7,), (13, 16)):
+        root = tmp_path / f"stopped{stops}"
+        for number, stop_at in enumerate(stops):
+            # After an epoch's last batch nothing is saved: the stop waits for the first of the next.
+            last = stop_at + 2 if stop_at % 7 == 6 else stop_at + 1
+            with pytest.raises(Stopped, match=f"after step {last}:"):
+                fit(root, 20, resume=number > 0, stop_at=stop_at, points=points, **SETTINGS[name])
         found = state_of(fit(root, 20, resume=True, points=points, **SETTINGS[name]))
         different = [key for key, value in expected.items() if not torch.equal(value, found[key])]
-        assert not different, f"after a stop in step {stop_at}"
+        assert not different, f"after stops in steps {stops}"
 
 
 def test_checkpoint_holds_no_target_weights_and_is_refused_by_another_target(tmp_path: Path) -> None:
@@ -80,7 +100,9 @@ def test_checkpoint_holds_no_target_weights_and_is_refused_by_another_target(tmp
         fit(tmp_path, 8, resume=True, weight=1.5)
 
 
-def test_half_written_checkpoint_never_takes_the_place_of_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_written_checkpoint_never_takes_the_place_of_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     io = AtomicCheckpointIO()
     io.save_checkpoint({"value": torch.ones(3)}, tmp_path / "last.ckpt")
 
@@ -143,5 +165,7 @@ def test_twenty_interruptions_by_signal_and_by_kill(tmp_path: Path) -> None:
         seen[kind] += 1
     assert min(seen.values()) >= 2, seen
     subprocess.run(command, check=True, timeout=600)
-    whole, resumed = ((folder / "decomposition/model.safetensors").read_bytes() for folder in (tmp_path / "whole", root))
+    whole, resumed = (
+        (folder / "decomposition/model.safetensors").read_bytes() for folder in (tmp_path / "whole", root)
+    )
     assert whole == resumed

@@ -79,7 +79,8 @@ class Capture(TorchFunctionMode):
         self.parameters, self.n, self.copy_operands = parameters, n, copy_operands
         self.constants = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self.tracked = {
-            id(tensor): Tracked(tensor, (name,), lambda values, name=name: values[name]) for name, tensor in parameters.items()
+            id(tensor): Tracked(tensor, (name,), lambda values, name=name: values[name])
+            for name, tensor in parameters.items()
         }
         self.edges: list[GradientEdge] = []
         self.uses: list[Use] = []
@@ -140,7 +141,11 @@ class Capture(TorchFunctionMode):
             if finish is None:
                 self.uncaptured.update(dict.fromkeys(operand.parameters, name))
             else:
-                kept = [(arg, arg._version) for arg in _tensors(args, kwargs) if id(arg) not in self.tracked] if not inplace else []
+                kept = (
+                    [(arg, arg._version) for arg in _tensors(args, kwargs) if id(arg) not in self.tracked]
+                    if not inplace
+                    else []
+                )
                 found.append(Use(operand, finish, len(self.edges), kept))
         output = func(*args, **kwargs)
         if not found:

@@ -64,7 +64,9 @@ class GradientExtractor:
         """The frozen model's outputs [N, ...] alone."""
         return call_model(self.model, inputs_of(batch))
 
-    def __call__(self, batch: Any, generator: torch.Generator | None = None, references: Tensor | None = None) -> Extraction:
+    def __call__(
+        self, batch: Any, generator: torch.Generator | None = None, references: Tensor | None = None
+    ) -> Extraction:
         """Gradients of all samples in `batch`.
 
         Args:
@@ -87,7 +89,9 @@ class GradientExtractor:
             gradients: dict[str, SampleGradient] = {}
             if capture.edges:
                 gradients = capture.gradients(output, self.divergence.gradient(outputs, references))
-        missing = {name: capture.uncaptured.get(name, "never used directly") for name in captured if name not in gradients}
+        missing = {
+            name: capture.uncaptured.get(name, "never used directly") for name in captured if name not in gradients
+        }
         if missing:
             self._send_to_oracle(missing)
         if self.oracle_parameters:
@@ -104,7 +108,9 @@ class GradientExtractor:
     def _send_to_oracle(self, missing: dict[str, str]) -> None:
         self.oracle_parameters |= missing
         listed = ", ".join(f"{name} ({operation})" for name, operation in missing.items())
-        warnings.warn(f"no gradient rule covers these parameters, the slow per-sample oracle does: {listed}", stacklevel=4)
+        warnings.warn(
+            f"no gradient rule covers these parameters, the slow per-sample oracle does: {listed}", stacklevel=4
+        )
 
     def check(self, batch: Any, extraction: Extraction, index: int = 0, tolerance: float = 1e-3) -> None:
         """Compare sample `index` with plain autograd of that sample alone, and tell if they are not the same.

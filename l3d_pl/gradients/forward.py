@@ -36,7 +36,9 @@ def call_model(model: nn.Module, inputs: Any) -> Tensor:
     if isinstance(inputs, Tensor):
         output = model(inputs.clone())
     else:
-        inputs = torch.utils._pytree.tree_map_only(Tensor, torch.clone, dict(inputs) if isinstance(inputs, Mapping) else inputs)
+        inputs = torch.utils._pytree.tree_map_only(
+            Tensor, torch.clone, dict(inputs) if isinstance(inputs, Mapping) else inputs
+        )
         output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     if isinstance(output, Tensor):
         return output
@@ -44,14 +46,20 @@ def call_model(model: nn.Module, inputs: Any) -> Tensor:
         return output["logits"]
     if isinstance(output, Sequence) and len(output) and isinstance(output[0], Tensor):
         return output[0]
-    raise L3DError(f"target model {type(model).__name__}: its output is a {type(output).__name__}; a tensor, a tuple or `logits` is needed")
+    raise L3DError(
+        f"target model {type(model).__name__}: its output is a {type(output).__name__}; a tensor, a tuple or `logits` is needed"
+    )
 
 
 def tensors_of(inputs: Any) -> list[Tensor]:
     """All tensors in `inputs`."""
     if isinstance(inputs, Tensor):
         return [inputs]
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(dict(inputs) if isinstance(inputs, Mapping) else inputs) if isinstance(leaf, Tensor)]
+    return [
+        leaf
+        for leaf in torch.utils._pytree.tree_leaves(dict(inputs) if isinstance(inputs, Mapping) else inputs)
+        if isinstance(leaf, Tensor)
+    ]
 
 
 def batch_size(inputs: Any) -> int:

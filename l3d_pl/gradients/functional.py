@@ -59,7 +59,9 @@ def vmap_gradients(
         return divergence(output, reference.unsqueeze(0)).sum()
 
     inputs = slice_inputs(inputs_of(batch), slice(None))
-    return torch.func.vmap(torch.func.grad(sample_divergence), in_dims=(None, 0, 0))(dict(parameters), inputs, references)
+    return torch.func.vmap(torch.func.grad(sample_divergence), in_dims=(None, 0, 0))(
+        dict(parameters), inputs, references
+    )
 
 
 def loop_gradients(

@@ -99,7 +99,9 @@ def matmul(operand: Tensor, n: int, input: Tensor, other: Tensor) -> Finish | No
 
 
 @rule("addmm")
-def addmm(operand: Tensor, n: int, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Finish | None:
+def addmm(
+    operand: Tensor, n: int, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Finish | None:
     """b + x @ W (Hugging Face's Conv1D: samples and positions flattened into rows)."""
     if beta != 1 or alpha != 1:
         return None

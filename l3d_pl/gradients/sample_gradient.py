@@ -205,9 +205,9 @@ def add(first: SampleGradient, second: SampleGradient) -> SampleGradient:
 def concatenate(parts: Sequence[SampleGradient]) -> SampleGradient:
     """The samples of all `parts`, in order (gradients of one parameter from several batches)."""
     first = parts[0]
-    if all(isinstance(part, OuterGradient) and part.inputs.shape[1] == first.inputs.shape[1] for part in parts) and isinstance(
-        first, OuterGradient
-    ):
+    if all(
+        isinstance(part, OuterGradient) and part.inputs.shape[1] == first.inputs.shape[1] for part in parts
+    ) and isinstance(first, OuterGradient):
         outers = [part for part in parts if isinstance(part, OuterGradient)]
         outputs, inputs = torch.cat([part.outputs for part in outers]), torch.cat([part.inputs for part in outers])
         return replace(first, outputs=outputs, inputs=inputs)

@@ -1,0 +1,260 @@
+"""What surrounds the loop, by itself: one log over all resumes, one checkpoint, signals, random states. (test_resume.py: together.)"""
+
+import csv
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from datamodules.toy import ToyData
+from l3d_pl import L3D, L3DError
+from l3d_pl.callbacks import (
+    AtomicCheckpointIO,
+    Checkpoints,
+    ContinueLogs,
+    ExportDecomposition,
+    RandomState,
+    RunLogger,
+    StopOnSignal,
+    Stopped,
+)
+from l3d_pl.cli import main
+from l3d_pl.targets.toy import TiedAutoencoder
+from l3d_pl.targets.training import save_target
+
+
+class Raise(L.Callback):
+    """Sends the process a signal in step `at`, `times` over; `error`: raises instead, as a killed process ends."""
+
+    def __init__(self, at: int | None, signum: int = signal.SIGTERM, times: int = 1, error: bool = False):
+        self.at, self.signum, self.times, self.error = at, signum, times, error
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+        if trainer.global_step == self.at:
+            if self.error:
+                raise OSError("killed")
+            for _ in range(self.times):
+                signal.raise_signal(self.signum)
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """Whatever a test leaves behind, the next one finds Python's own handlers."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def fit(root: Path, steps: int, *callbacks: L.Callback, resume: bool = False, every: int = 4) -> L.Trainer:
+    torch.manual_seed(7)
+    target = TiedAutoencoder(5, 2)
+    trainer = L.Trainer(
+        max_steps=steps,
+        default_root_dir=root,
+        accelerator="cpu",
+        logger=RunLogger(str(root), flush_logs_every_n_steps=1),
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+        callbacks=[
+            *callbacks,
+            RandomState(),
+            ContinueLogs(),
+            ExportDecomposition(),
+            StopOnSignal(),
+            Checkpoints(every_n_train_steps=every),
+        ],
+        plugins=[AtomicCheckpointIO()],
+    )
+    # paper: a schedule that does not depend on the number of steps
+    module = L3D(target, n_subnetworks=4, k=0.3, seed=3, recipe="paper")
+    trainer.fit(
+        module,
+        ToyData(points=80, batch_size=16, seed=1, n_val=20, n_test=20),
+        ckpt_path="last" if resume else None,
+        weights_only=True,
+    )
+    return trainer
+
+
+def rows_of(root: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, without what depends on the clock."""
+    with open(root / "metrics.csv", newline="") as file:
+        rows = [
+            {key: value for key, value in row.items() if value and key != "train/samples_per_second"}
+            for row in csv.DictReader(file)
+        ]
+    return [row for row in rows if row]
+
+
+# -- the log -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [Raise(7), Raise(7, error=True), Raise(9), Raise(10)],
+    ids=["signal", "killed", "at an epoch's end", "after it"],
+)
+def test_log_of_a_resumed_run_is_that_of_a_whole_one(tmp_path: Path, stop: Raise) -> None:
+    """13 steps, five to an epoch, stopped in step 7, 9 or 10 (killed: three steps after the last checkpoint)."""
+    fit(tmp_path / "whole", 13)
+    with pytest.raises((Stopped, OSError)):
+        fit(tmp_path / "stopped", 13, stop)
+    fit(tmp_path / "stopped", 13, resume=True)
+    expected, found = rows_of(tmp_path / "whole"), rows_of(tmp_path / "stopped")
+    steps = [int(row["step"]) for row in expected if "train/loss" in row]
+    assert steps == list(range(13))
+    assert [int(row["step"]) for row in found if "train/loss" in row] == steps
+    assert found == expected
+
+
+def test_log_of_a_run_resumed_twice_and_of_a_new_one(tmp_path: Path) -> None:
+    for stop in (Raise(3), Raise(8)):
+        with pytest.raises(Stopped):
+            fit(tmp_path, 13, stop, resume=stop.at != 3)
+    fit(tmp_path, 13, resume=True)
+    assert [int(row["step"]) for row in rows_of(tmp_path) if "train/loss" in row] == list(range(13))
+    fit(tmp_path, 3)  # from the start, in the same folder: the old rows go
+    assert [int(row["step"]) for row in rows_of(tmp_path) if "train/loss" in row] == list(range(3))
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def test_one_checkpoint_is_written_over_and_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    renamed: list[tuple[str, str, int]] = []
+    replace = os.replace
+
+    def watch(source: Any, target: Any) -> None:
+        if str(target).endswith(".ckpt"):
+            steps = torch.load(source, weights_only=True)["global_step"]  # whole before it takes the place
+            renamed.append((Path(source).name, Path(target).name, steps))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+    trainer = fit(tmp_path, 10)
+    assert renamed == [(".last.ckpt.writing", "last.ckpt", step) for step in (4, 8, 10)]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last.ckpt"]
+    assert trainer.checkpoint_callback._find_last_checkpoints(trainer) == {str(tmp_path / "checkpoints/last.ckpt")}
+    fit(tmp_path, 10, resume=True)  # already at its end: nothing to do, nothing lost
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 10
+    with pytest.raises(L3DError, match="every_n_train_steps: found 0; at least 1"):
+        Checkpoints(0)
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signal_stops_after_the_batch_and_gives_the_handlers_back(tmp_path: Path, signum: int) -> None:
+    mine = {number: (lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, handler in mine.items():
+        signal.signal(number, handler)
+    with pytest.raises(Stopped, match=rf"{signal.Signals(signum).name} after step 6: saved .*checkpoints/last\.ckpt"):
+        fit(tmp_path, 13, Raise(5, signum))
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+    assert not (tmp_path / "decomposition").exists()
+    assert {number: signal.getsignal(number) for number in mine} == mine
+    fit(tmp_path, 13, resume=True)
+    assert {number: signal.getsignal(number) for number in mine} == mine
+    assert (tmp_path / "decomposition/model.safetensors").is_file()
+
+
+def test_handlers_come_back_after_an_error(tmp_path: Path) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.raises(OSError, match="killed"):
+        fit(tmp_path, 13, Raise(2, error=True))
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_second_interrupt_ends_at_once() -> None:
+    stop = StopOnSignal()
+    stop.on_train_start(None, None)  # type: ignore[arg-type]
+    signal.raise_signal(signal.SIGINT)  # noted, no more
+    signal.raise_signal(signal.SIGTERM)  # patience
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_impatient_user_loses_only_the_steps_since_the_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises((KeyboardInterrupt, SystemExit)):  # Lightning makes an exit of it
+        fit(tmp_path, 13, Raise(6, signal.SIGINT, times=2))
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_stopped_command_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["l3d"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setattr("l3d_pl.report.write_report", lambda run_dir: None)
+    save_target("t.safetensors", TiedAutoencoder(5, 2))
+    args = [
+        "fit",
+        "--config",
+        "tms",
+        "--model.target_weights",
+        "t.safetensors",
+        "--trainer.enable_progress_bar",
+        "false",
+    ]
+    args += [
+        "--trainer.max_epochs",
+        "2",
+        "--data.init_args.steps_per_epoch",
+        "5",
+        "--data.init_args.n_val",
+        "20",
+        "--trainer.default_root_dir",
+        "a run",
+    ]
+    stop = StopOnSignal.on_train_start
+
+    def and_interrupt(self: StopOnSignal, trainer: L.Trainer, module: L.LightningModule) -> None:
+        stop(self, trainer, module)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopOnSignal, "on_train_start", and_interrupt)
+        assert main(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("l3d: SIGINT after step 1: saved ")
+    _, command = lines[0].split("; go on with: l3d ")
+    assert command == "fit --config 'a run/config.yaml' --ckpt_path last"
+    assert main(["fit", "--config", "a run/config.yaml", "--ckpt_path", "last"]) == 0
+    assert torch.load("a run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 10
+
+
+# -- random states -----------------------------------------------------------------------------------------------------
+
+
+def draw() -> tuple[float, float, float, float]:
+    return torch.rand(()).item(), np.random.random(), np.random.normal(), random.gauss(0, 1)
+
+
+def test_random_states_make_the_round_trip_through_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(1), np.random.seed(2), random.seed(3)
+    draw()  # an odd number of normal draws leaves a second one in store
+    AtomicCheckpointIO().save_checkpoint({"state": RandomState().state_dict()}, tmp_path / "x.ckpt")
+    expected = draw()
+    torch.manual_seed(4), np.random.seed(5), random.seed(6)
+    callback = RandomState()
+    callback.load_state_dict(AtomicCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")["state"])
+    assert draw() != expected  # only at the first batch: what comes before may draw as it likes
+    callback.on_train_batch_start(None, None, None, 0)  # type: ignore[arg-type]
+    assert draw() == expected
+    callback.on_train_batch_start(None, None, None, 1)  # type: ignore[arg-type]
+    assert draw() != expected  # once
