@@ -44,7 +44,7 @@ def batch_topk(coefficients: Tensor, k: float) -> tuple[Tensor, Tensor]:
 
 
 class RunningThreshold(nn.Module):
-    """Running mean of batch top-k's threshold, for inference: a sample alone is then encoded as it would be in any batch.
+    """Running mean of batch top-k's threshold, for inference: a sample alone is encoded as it would be in any batch.
 
     `value` [R]: exponential mean over the batches seen (`momentum` is the weight of the past); 0 before the first.
     """

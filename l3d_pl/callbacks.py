@@ -1,4 +1,4 @@
-"""What surrounds the training loop: checkpoints that survive anything, exact resume, stopping on a signal, the export."""
+"""What surrounds the training loop: checkpoints that survive anything, exact resume, stop on a signal, the export."""
 
 import csv
 import os
@@ -55,17 +55,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def can_resume_here(trainer: L.Trainer) -> bool:
     """Whether a checkpoint after the present batch is one that Lightning resumes exactly.
 
-    Not between batches whose gradients accumulate, and not after the last batch of an epoch: what belongs to the epoch's
-    end (validation, a learning rate per epoch) is then neither done nor made up for, and batches are counted wrongly later.
+    Not between batches whose gradients accumulate, and not after the last batch of an epoch: what belongs to the
+    epoch's end (validation, a learning rate per epoch) is then neither done nor made up for, and batches are counted
+    wrongly later.
     """
     epoch = trainer.fit_loop.epoch_loop
     return not epoch._should_accumulate() and (not trainer.is_last_batch or trainer.num_training_batches == 1)
 
 
 class Checkpoints(ModelCheckpoint):
-    """`<default_root_dir>/checkpoints/last.ckpt`, every `every_n_train_steps` steps and at the end; `--ckpt_path last` finds it.
+    """`<default_root_dir>/checkpoints/last.ckpt`, every `every_n_train_steps` steps and at the end.
 
-    A checkpoint that falls on the last batch of an epoch is written one batch later (see `can_resume_here`).
+    `--ckpt_path last` finds it. A checkpoint that falls on the last batch of an epoch is written one batch later (see
+    `can_resume_here`).
 
     Args:
         every_n_train_steps: steps between checkpoints.
@@ -115,7 +117,8 @@ class RandomState(Callback):
         self._pending: Mapping[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        name, keys, position, has_gauss, gauss = np.random.get_state()
+        # NumPy's global state is the one that there is to keep.
+        name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
         state = {
             "torch": torch.get_rng_state(),
             "numpy": [
@@ -142,7 +145,7 @@ class RandomState(Callback):
         state, self._pending = self._pending, None
         torch.set_rng_state(state["torch"])
         name, keys, position, has_gauss, gauss = state["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+        np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
         version, internal, gauss_next = state["python"]
         random.setstate((version, tuple(internal), gauss_next))
         if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
@@ -159,7 +162,7 @@ class StopOnSignal(Callback):
         self._received: str | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Not before: Lightning has noted by now which handlers were there, and puts them back at the end of any kind."""
+        """Not before: Lightning has noted by now which handlers were there, and puts them back at any end."""
         self._received = None
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._handle)
@@ -174,7 +177,7 @@ class StopOnSignal(Callback):
             return
         checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints)]
         saved = checkpoints[0].save_now(trainer) if checkpoints else "nothing (no Checkpoints callback)"
-        trainer._logger_connector.update_train_step_metrics()  # Lightning writes this step's figures only after this hook
+        trainer._logger_connector.update_train_step_metrics()  # Lightning writes this step's figures after this hook
         raise Stopped(f"{self._received} after step {trainer.global_step}: saved {saved}")
 
 
@@ -191,7 +194,9 @@ class ExportDecomposition(Callback):
 
 
 class RunLogger(CSVLogger):
-    """`<save_dir>/metrics.csv`, one file over all resumes of a run: rows up to the checkpoint's step are kept, later ones go.
+    """`<save_dir>/metrics.csv`, one file over all resumes of a run.
+
+    Rows up to the checkpoint's step are kept, later ones go.
 
     Args:
         save_dir: the run's directory.

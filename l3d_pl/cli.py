@@ -6,7 +6,8 @@
     l3d report DIR                                              pictures and page of a finished run
     l3d demo | l3d toys                                         what `make run` and `make toys` run
 
-CONFIG is a YAML file, or the name of a shipped one (`tms`, `configs/tms.yaml`). Bad input ends with one line and exit code 2.
+CONFIG is a YAML file, or the name of a shipped one (`tms`, `configs/tms.yaml`). Bad input ends with one line and exit
+code 2.
 """
 
 from __future__ import annotations
@@ -72,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def bad_input_in(error: BaseException | None) -> Exception | None:
-    """The bad input behind an error, if that is what it is about: an `L3DError`, Lightning's `MisconfigurationException`, or
-    a ValueError of one of our data modules.
+    """The bad input behind an error, if that is what it is about.
 
+    That is an `L3DError`, Lightning's `MisconfigurationException`, or a ValueError of one of our data modules.
     jsonargparse wraps what a constructor raises, so the chain of causes is searched.
     """
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -159,7 +160,7 @@ def require_yaml(path: str) -> None:
         raise L3DError(f"config: {path} holds {type(content).__name__}, allowed is a mapping such as 'model: ...'")
 
 
-# -- fit, validate, test ------------------------------------------------------------------------------------------------
+# -- fit, validate, test -----------------------------------------------------------------------------------------------
 
 
 def lightning_command(args: list[str]) -> None:
@@ -190,7 +191,7 @@ def print_target(figures: dict[str, Any]) -> None:
     print(f"target {figures['file']}: {rounded}", flush=True)
 
 
-# -- reading runs ---------------------------------------------------------------------------------------------------------
+# -- reading runs ------------------------------------------------------------------------------------------------------
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -40,8 +40,8 @@ tags: [interpretability, parameter-decomposition, l3d]
 
 # {n_subnetworks} subnetworks of {target_class}
 
-A local loss landscape decomposition (L3D, arXiv 2504.00194) made with l3d_pl {version}: directions in the parameter space
-of a frozen model, a sparse few of which reconstruct the gradient of each sample.
+A local loss landscape decomposition (L3D, arXiv 2504.00194) made with l3d_pl {version}: directions in the parameter
+space of a frozen model, a sparse few of which reconstruct the gradient of each sample.
 
 | | |
 |---|---|
@@ -121,12 +121,14 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         for name, shape in self.subnetworks.shapes.items():
             if shapes.get(name) != shape:
                 raise L3DError(
-                    f"target: parameter '{name}' has shape {shapes.get(name, 'none')}, the decomposition is of shape {shape}"
+                    f"target: parameter '{name}' has shape {shapes.get(name, 'none')}, "
+                    f"the decomposition is of shape {shape}"
                 )
         found = fingerprint(target)
         if self.target_fingerprint not in (None, found):
             raise L3DError(
-                f"target: fingerprint {found[:12]} is not that of the model decomposed, {str(self.target_fingerprint)[:12]}"
+                f"target: fingerprint {found[:12]} is not that of the model decomposed, "
+                f"{str(self.target_fingerprint)[:12]}"
             )
         self.target_fingerprint, self.target_class = found, f"{type(target).__module__}.{type(target).__qualname__}"
         self._target = freeze(target)
@@ -141,7 +143,8 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         """
         if self._target is None:
             raise L3DError(
-                f"target: none is attached; give the {self.target_class} to from_pretrained(..., target=model) or attach(model)"
+                f"target: none is attached; give the {self.target_class} to from_pretrained(..., target=model) "
+                "or attach(model)"
             )
         return self._target
 
@@ -170,9 +173,9 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
     def encode(self, inputs: Any, references: Tensor | None = None) -> Tensor:
         """Codes of samples, [N, n_v]: V_in g where |V_in g| is at or above the running threshold, else 0.
 
-        A sample's code does not depend on the others of the batch. By default it is compared with the mean output of the
-        held-out data: both divergences' gradients are affine in the reference (in its probabilities, for KL), so that the
-        coefficient against the mean is the mean of the coefficients against all references.
+        A sample's code does not depend on the others of the batch. By default it is compared with the mean output of
+        the held-out data: both divergences' gradients are affine in the reference (in its probabilities, for KL), so
+        that the coefficient against the mean is the mean of the coefficients against all references.
 
         Args:
             inputs: a batch.
@@ -301,7 +304,7 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         local_files_only: bool = False,
         token: str | bool | None = None,
     ) -> Decomposition:
-        """A decomposition from a directory or from the hub. (The mixin's own reads `config.json` first, less carefully.)
+        """A decomposition from a directory or from the hub. (The mixin's own reads `config.json` less carefully.)
 
         Args:
             pretrained_model_name_or_path: the directory, or the hub id.
@@ -324,7 +327,7 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         )
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]
+    def _from_pretrained(
         cls, *, model_id: str, target: nn.Module | None = None, divergence: DivergenceLike | None = None, **hub: Any
     ) -> Decomposition:
         if not os.path.isdir(model_id):
@@ -332,7 +335,8 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
                 model_id = snapshot_download(model_id, **hub)
             except Exception as error:
                 raise L3DError(
-                    f"decomposition: '{model_id}' is no directory, and not to be had from the hub ({type(error).__name__})"
+                    f"decomposition: '{model_id}' is no directory, and not to be had from the hub "
+                    f"({type(error).__name__})"
                 ) from error
         folder = Path(model_id)
         config = _read_config(folder / CONFIG)
@@ -349,7 +353,8 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
             if stored is None or stored.shape != value.shape:
                 found = "nothing" if stored is None else tuple(stored.shape)
                 raise L3DError(
-                    f"decomposition: tensor '{name.replace('/', '.')}' in {folder / WEIGHTS}: found {found}, expected {tuple(value.shape)}"
+                    f"decomposition: tensor '{name.replace('/', '.')}' in {folder / WEIGHTS}: found {found}, "
+                    f"expected {tuple(value.shape)}"
                 )
             state[name] = stored
         subnetworks.load_state_dict(state, assign=True)

@@ -15,8 +15,8 @@ from l3d_pl.errors import L3DError, require_choice
 class Divergence:
     """D(output, reference) of every sample: [N, ...], [N, ...] -> [N].
 
-    A user's own divergence is any callable of that form; a subclass can add the closed-form gradient and what "mean" and
-    "uniform" mean for its outputs.
+    A user's own divergence is any callable of that form; a subclass can add the closed-form gradient and what "mean"
+    and "uniform" mean for its outputs.
     """
 
     name = "divergence"
@@ -118,7 +118,7 @@ def make_references(
 ) -> Tensor:
     """The reference output y_r of every sample, shaped like `outputs` [N, ...] and detached from any graph.
 
-    - `random`: the output of a random other sample, each of the N - 1 others equally likely, never itself (the paper's);
+    - `random`: the output of a random other sample, each of the N - 1 others equally likely, never itself (paper);
     - `mean`: the batch's mean output (of distributions: the mean distribution);
     - `uniform`: the uniform distribution; for regression a uniform draw from each output's range in the batch;
     - `contrastive`: the outputs of the dataset's own pairs, given as `contrast` [N, ...].
@@ -131,7 +131,8 @@ def make_references(
     if reference == "random":
         if n < 2:
             raise L3DError(
-                "reference: 'random' pairs a sample with another of its batch, found a batch of 1; allowed are batches of 2 or more"
+                "reference: 'random' pairs a sample with another of its batch, found a batch of 1; "
+                "allowed are batches of 2 or more"
             )
         index = torch.randint(1, n, (n,), generator=generator).add_(torch.arange(n)).remainder_(n)
         return outputs[index.to(outputs.device)]
@@ -141,6 +142,7 @@ def make_references(
         return divergence.uniform(outputs, generator)
     if contrast is None:
         raise L3DError(
-            "reference: 'contrastive' needs batches with an entry 'contrast' (inputs whose outputs serve as references); found none"
+            "reference: 'contrastive' needs batches with an entry 'contrast' "
+            "(inputs whose outputs serve as references); found none"
         )
     return contrast.detach()

@@ -2,8 +2,8 @@
 
 K-lines is k-means for directions without a sign: centre j is a unit vector v_j, sample i belongs to the centre with the
 largest <g_i, v_j>², and a centre moves by a power step to sum_i <g_i, v_j> g_i over its samples. Large gradients weigh
-more, as they do in the reconstruction loss. Only inner products of samples are needed (`Prepared.gram`), so it runs on any
-representation of the gradients.
+more, as they do in the reconstruction loss. Only inner products of samples are needed (`Prepared.gram`), so it runs on
+any representation of the gradients.
 """
 
 from collections.abc import Mapping

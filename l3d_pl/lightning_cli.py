@@ -33,7 +33,7 @@ from l3d_pl.lightning_module import L3D
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one line, with near matches for misspelt keys, which are never taken for abbreviations."""
+    """A parser whose errors are one line, with near matches for misspelt keys, never taken for abbreviations."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -171,7 +171,7 @@ class L3DCLI(LightningCLI):
         add_threads_argument(parser)
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning looks for hyperparameters in the checkpoint here: ours hold none, and a damaged one is told of later."""
+        """Lightning looks for hyperparameters in the checkpoint here: ours hold none; damage is told of later."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -213,6 +213,8 @@ class L3DCLI(LightningCLI):
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             from l3d_pl.report import print_summary, write_report
 
+            # An earlier fit's score must not pass for this one's, which may not get one.
+            Path(self.trainer.default_root_dir, "score.json").unlink(missing_ok=True)
             write_report(Path(self.trainer.default_root_dir))
             if not os.environ.get("L3D_QUIET_SUMMARY"):
                 print_summary(Path(self.trainer.default_root_dir), time.perf_counter() - start)

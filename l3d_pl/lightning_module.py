@@ -18,7 +18,7 @@ from l3d_pl.batch_topk import RunningThreshold, batch_topk, check_k
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.divergence import REFERENCES, Divergence
 from l3d_pl.errors import L3DError, require_choice
-from l3d_pl.gradients import Extraction, GradientExtractor, concatenate
+from l3d_pl.gradients import Extraction, GradientExtractor, SampleGradient, concatenate
 from l3d_pl.gradients.forward import batch_size, inputs_of, tensors_of
 from l3d_pl.initialisation import start_from_gradients
 from l3d_pl.metrics import Activity, Reconstruction
@@ -41,7 +41,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Progress:
-    """Where a fit stands: plain numbers, asked for in every step (each of Lightning's own takes a chain of properties)."""
+    """Where a fit stands: plain numbers, asked for in every step (Lightning's own each take a chain of properties)."""
 
     step: int = 0
     total_steps: int = 0
@@ -85,6 +85,13 @@ class L3D(L.LightningModule):
     Raises:
         L3DError: a setting outside its range, with what is allowed.
     """
+
+    target: nn.Module
+    active_samples: Tensor
+    silent_samples: Tensor
+    held_out_loss: Tensor
+    p_act: Tensor
+    skipped_samples: Tensor
 
     def __init__(
         self,
@@ -181,9 +188,8 @@ class L3D(L.LightningModule):
             auxiliary = auxiliary_loss(self.subnetworks, prepared, step, self.dead(), min(1.0, 2 * self.k))
             if auxiliary is not None:
                 loss = loss + self.aux_coefficient * auxiliary
-        if (
-            self._progress.step + 1
-        ) % self._progress.log_every == 0:  # when Lightning writes, or it would write old values
+        # When Lightning writes, or it would write old values.
+        if (self._progress.step + 1) % self._progress.log_every == 0:
             self._log_step(step, prepared)
         return loss
 
@@ -216,7 +222,7 @@ class L3D(L.LightningModule):
         return self.silent_samples >= self.dead_after
 
     def _prepare(self, extraction: Extraction, batch: Any, batch_idx: int, count: bool = False) -> Prepared | None:
-        """The gradients laid out; an error, or without the samples in question (to `count`), where some are not finite."""
+        """The gradients laid out; where some are not finite, an error, or without those samples (to `count`)."""
         prepared = self.subnetworks.prepare(extraction.gradients)
         if math.isfinite(float(prepared.energy)):
             return prepared
@@ -224,14 +230,12 @@ class L3D(L.LightningModule):
         if self.bad_samples == "error":
             name = next(name for name, g in extraction.gradients.items() if not torch.isfinite(g.squared_norms()).all())
             inputs = tensors_of(inputs_of(batch))
-            source = (
-                "the data"
-                if any(t.is_floating_point() and not torch.isfinite(t).all() for t in inputs)
-                else "the gradient"
-            )
+            in_data = any(t.is_floating_point() and not torch.isfinite(t).all() for t in inputs)
+            source = "the data" if in_data else "the gradient"
             raise L3DError(
                 f"batch {batch_idx}: found NaN or infinity in {source}; first in the gradient of parameter '{name}', "
-                f"{int((~finite).sum())} of {len(finite)} samples (bad_samples: skip leaves such samples out and counts them)"
+                f"{int((~finite).sum())} of {len(finite)} samples "
+                "(bad_samples: skip leaves such samples out and counts them)"
             )
         if count:
             self.skipped_samples += (~finite).sum()
@@ -262,9 +266,9 @@ class L3D(L.LightningModule):
         self._progress = Progress(
             self.trainer.global_step,
             self._estimate_steps(),
-            self.trainer.log_every_n_steps or 2**62,
+            self.trainer.log_every_n_steps or 2**62,  # type: ignore[attr-defined]
             self._progress.samples,
-        )  # type: ignore[attr-defined]
+        )
         if self.init == "gradients" or self.swap_every or self.revive_every:
             self._anchors = self._collect_anchors()
         if self.trainer.global_step == 0 and self.init == "gradients":
@@ -287,10 +291,11 @@ class L3D(L.LightningModule):
 
     def _collect_anchors(self) -> list[Anchor]:
         """Gradients of the first training samples, `init_samples` for each restart; the same after a resume."""
-        data = getattr(self.trainer, "datamodule", None)
-        # Our data modules have a loader of its own for this, since a second `train_dataloader` would be taken for training.
-        loader = data.first_dataloader() if hasattr(data, "first_dataloader") else self.trainer.train_dataloader
-        random, parts, seen = self._generator("anchor references"), [], 0
+        # Our data modules have a loader of its own for this: a second `train_dataloader` would be taken for training.
+        first_dataloader = getattr(getattr(self.trainer, "datamodule", None), "first_dataloader", None)
+        loader = self.trainer.train_dataloader if first_dataloader is None else first_dataloader()
+        random, seen = self._generator("anchor references"), 0
+        parts: list[dict[str, SampleGradient]] = []
         # Each restart gets its own samples to start from; what follows them is to judge swaps, and common to all.
         to_start = self.init_samples * self.subnetworks.restarts
         wanted = to_start + (self.swap_samples if self.swap_every else 0)
@@ -435,7 +440,7 @@ class L3D(L.LightningModule):
         return self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch))
 
     def ensure_validated(self) -> None:
-        """Validate the final weights, if the last validation saw earlier ones (a run may end, or resume, between two)."""
+        """Validate the final weights, if the last validation saw earlier ones (a run may end or resume in between)."""
         data = getattr(self.trainer, "datamodule", None)
         loaders = data.val_dataloader() if data is not None else self.trainer.val_dataloaders
         if self._validated_step == self._progress.step or loaders is None:
@@ -491,8 +496,9 @@ class L3D(L.LightningModule):
             logger.log_metrics(
                 {f"{stage}/p_act/{k}": value for k, value in enumerate(p_act.tolist())}, self.trainer.global_step
             )
-            if hasattr(getattr(logger, "experiment", None), "add_histogram"):
-                logger.experiment.add_histogram(f"{stage}/p_act", p_act, self.trainer.global_step)
+            add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
+            if add_histogram is not None:
+                add_histogram(f"{stage}/p_act", p_act, self.trainer.global_step)
 
     # -- results and state ------------------------------------------------------------------------------------------
 
@@ -534,7 +540,8 @@ class L3D(L.LightningModule):
         mine = fingerprint(self.target)
         if state["target_fingerprint"] != mine:
             raise L3DError(
-                f"checkpoint: it is of another target model, fingerprint {state['target_fingerprint'][:12]}; this target's is {mine[:12]}"
+                f"checkpoint: it is of another target model, fingerprint {state['target_fingerprint'][:12]}; "
+                f"this target's is {mine[:12]}"
             )
         own = self.state_dict()
         for name, tensor in checkpoint["state_dict"].items():

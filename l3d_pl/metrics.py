@@ -33,7 +33,7 @@ class Reconstruction(Metric):
 
 
 class Activity(Metric):
-    """How often each subnetwork takes part: `p_act` [R, n_v], `l0` [R] (mean active per sample), `dead_fraction` [R]."""
+    """How often each subnetwork takes part: `p_act` [R, n_v]; `l0` [R], mean active per sample; `dead_fraction` [R]."""
 
     full_state_update = False
     counts: Tensor

@@ -11,7 +11,10 @@ LIBRARIES = ("l3d_pl", "torch", "lightning", "torchmetrics", "tensorly", "safete
 
 
 def provenance() -> dict[str, Any]:
-    """Library versions, Python, git commit of the code (with `+dirty` for uncommitted changes; null outside a checkout), UTC time."""
+    """Library versions, Python, git commit of the code, UTC time.
+
+    The commit has `+dirty` after it for uncommitted changes; outside a checkout it is None.
+    """
     versions = {}
     for name in LIBRARIES:
         try:

@@ -57,7 +57,7 @@ def score_run(run_dir: Path) -> ToyScore:
     """Ground-truth score of a finished toy run, also written to `<run_dir>/score.json`.
 
     Raises:
-        L3DError: no toy run, or its target is gone.
+        L3DError: no toy run, its target is gone, or what the score is read off is missing.
     """
     decomposition = load_run(run_dir)
     toy = toy_of(decomposition)
@@ -66,6 +66,9 @@ def score_run(run_dir: Path) -> ToyScore:
             f"score: {run_dir} is no toy run, so there is no ground truth (data is not datamodules.toy.ToyData)"
         )
     tensors, truth = target_tensors(decomposition)
+    if toy[0] == "tmcs" and tensors and "A" not in truth:
+        path = (decomposition.run_config or {})["model"]["target_weights"]
+        raise L3DError(f"target file: {path} has no tensor 'truth.A', the task's matrix, which tmcs is scored against")
     loss = decomposition.figures.get("val/loss")
     score = score_toy(
         toy[0],
@@ -82,6 +85,14 @@ def score_run(run_dir: Path) -> ToyScore:
     return score
 
 
+def try_score(run_dir: Path) -> tuple[ToyScore | None, str]:
+    """`score_run`, or None and a sentence on what is missing: a finished fit does not fail for want of a score."""
+    try:
+        return score_run(run_dir), ""
+    except L3DError as error:
+        return None, f"not scored; {error}"
+
+
 def print_score(run_dir: Path) -> None:
     """`l3d score`."""
     Console().print(score_run(run_dir))
@@ -94,7 +105,7 @@ def write_report(run_dir: Path) -> Path:
 
     decomposition = load_run(run_dir)
     toy, v_out = toy_of(decomposition), decomposition.directions()
-    score = score_run(run_dir) if toy else None
+    score, unscored = try_score(run_dir) if toy else (None, "")
     target, _ = target_tensors(decomposition) if toy else ({}, {})
     pictures = draw_run(
         run_dir / "atlas",
@@ -106,7 +117,7 @@ def write_report(run_dir: Path) -> Path:
         k=decomposition.k,
         group_size=(toy[1].get("group_size") or 1) if toy else 1,
     )
-    versions = decomposition.provenance["versions"]
+    versions, commit = decomposition.provenance["versions"], decomposition.provenance["git_commit"] or "none"
     facts = {
         "Target model": f"{decomposition.target_class}, fingerprint {str(decomposition.target_fingerprint)[:12]}",
         "Tensors": ", ".join(f"{name} {list(shape)}" for name, shape in decomposition.subnetworks.shapes.items()),
@@ -116,8 +127,10 @@ def write_report(run_dir: Path) -> Path:
         "Dead": f"{int((decomposition.p_act == 0).sum())} of {decomposition.n_subnetworks}",
         "Steps": str(decomposition.figures.get("steps", "")),
         "Seed": str(decomposition.seed),
-        "Made with": f"l3d_pl {versions.get('l3d_pl')}, torch {versions.get('torch')}, commit {decomposition.provenance['git_commit'] or 'none'}",
+        "Made with": f"l3d_pl {versions.get('l3d_pl')}, torch {versions.get('torch')}, commit {commit}",
     }
+    if unscored:
+        facts["Ground truth"] = unscored
     return write_page(
         run_dir,
         title=run_dir.resolve().name,
@@ -152,9 +165,10 @@ def print_summary(run_dir: Path, seconds: float) -> None:
     )
     loss = decomposition.figures.get("val/loss")
     table.add_row("held-out loss L", number(loss))
-    toy = toy_of(decomposition)
-    if toy:
-        score = score_run(run_dir)
+    score, unscored = try_score(run_dir) if toy_of(decomposition) else (None, "")
+    if unscored:
+        table.add_row("ground truth", unscored)
+    if score is not None:
         table.add_row(
             f"{score.circuit_kind}s recovered", f"{int(score.figures['recovered'] or 0)} of {score.n_circuits}"
         )

@@ -1,7 +1,8 @@
 """The training step's loss and its gradients, by hand: the hot path.
 
-`decompose` computes c = V_in g, batch top-k, the reconstruction loss L, and in the same pass dL/dV_in and dL/dV_out; the
-autograd node only hands them on. With E = sum_i ‖g_i‖², codes = mask * c and the dense block's residual r = g - V_out codes:
+`decompose` computes c = V_in g, batch top-k, the reconstruction loss L, and in the same pass dL/dV_in and dL/dV_out;
+the autograd node only hands them on. With E = sum_i ‖g_i‖², codes = mask * c and the dense block's residual r = g -
+V_out codes:
 
     dL/dcodes = 2/E (codes M - p) - 2/E r V_out      over factored and dense parameters
     dL/dV_out = -2/E codes^T r  (dense);   through dp = -2/E codes and dM = 1/E codes^T codes  (factored)
@@ -24,7 +25,7 @@ from l3d_pl.tucker import Tucker, flatten, multiply_out, multiply_out_backward, 
 
 
 class Step(NamedTuple):
-    """One step's results: `loss` [R] (differentiable), `coefficients` and `mask` [N, R, n_v], batch top-k's `threshold` [R]."""
+    """One step: `loss` [R] (differentiable), `coefficients` and `mask` [N, R, n_v], batch top-k's `threshold` [R]."""
 
     loss: Tensor
     coefficients: Tensor
@@ -53,7 +54,10 @@ class _Side:
     def __init__(self, prepared: Prepared, tuckers: list[Tucker]):
         self.prepared, self.n_dense = prepared, len(prepared.sizes)
         self.dense, self.factored = tuckers[: self.n_dense], tuckers[self.n_dense :]
-        self.block, self.lefts = multiply_out(self.dense) if self.dense else (None, [])
+        self.block: Tensor | None = None
+        self.lefts: list[Tensor] = []
+        if self.dense:
+            self.block, self.lefts = multiply_out(self.dense)
         self.gradients: list[OuterGradient] = list(prepared.factored.values())  # type: ignore[arg-type]
         self.saved: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -64,7 +68,7 @@ class _Side:
         return torch.stack([c for c, _ in results]).sum(0) if results else None
 
     def backward(self, d_block: Tensor | None, d_coefficients: Tensor) -> list[Tensor]:
-        """Gradients of every (core, *factors) from those at the dense block [n, w] and at the factored coefficients [N, n]."""
+        """Gradients of every (core, *factors), from those at the block [n, w] and the factored coefficients [N, n]."""
         result = [] if d_block is None else multiply_out_backward(self.dense, self.lefts, d_block)
         for gradient, tucker, saved in zip(self.gradients, self.factored, self.saved, strict=True):
             result += gradient.contract_backward(tucker, saved, d_coefficients)
@@ -89,21 +93,18 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, prepared: Prepared, k: float, restarts: int, modes: list[int], *flat: Tensor) -> Any:
         with torch.autocast(flat[0].device.type, enabled=False):
             half, samples = len(flat) // 2, prepared.n_samples
-            side_in, side_out = (
-                _Side(prepared, unflatten(modes, flat[:half])),
-                _Side(prepared, unflatten(modes, flat[half:])),
-            )
+            side_in = _Side(prepared, unflatten(modes, flat[:half]))
+            side_out = _Side(prepared, unflatten(modes, flat[half:]))
             total = float(prepared.energy)
             energy = max(total, torch.finfo(torch.float32).tiny)
             scale = 2 / energy
 
             c = side_in.contract()
             if prepared.block is not None:
-                c = (
-                    torch.mm(prepared.block, side_in.block.mT)
-                    if c is None
-                    else torch.addmm(c, prepared.block, side_in.block.mT)
-                )
+                assert side_in.block is not None
+                v_in = side_in.block.mT
+                c = torch.mm(prepared.block, v_in) if c is None else torch.addmm(c, prepared.block, v_in)
+            assert c is not None  # every parameter is in the block or factored
             c = c.view(samples, restarts, -1)
             mask, threshold = batch_topk(c, k)
             by_restart = (c * mask).transpose(0, 1)  # codes, [R, N, n_v]
@@ -111,6 +112,7 @@ class _Step(torch.autograd.Function):
             error: Tensor | float = 0.0
             d_codes, d_out_block, grams, d_gram = None, None, [], None
             if prepared.block is not None:
+                assert side_out.block is not None
                 rows = side_out.block.view(restarts, -1, side_out.block.shape[1])
                 residual = torch.baddbmm(prepared.block.expand(restarts, -1, -1), by_restart, rows, alpha=-1)
                 error = torch.linalg.vector_norm(residual, dim=(1, 2)).double().square_()
@@ -147,7 +149,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> Any:
         gradients, ctx.gradients = ctx.gradients, None
         if d_loss.is_cuda or bool((d_loss != 1).any()):
             per_subnetwork = d_loss.repeat_interleave(gradients[0].shape[0] // d_loss.shape[0])

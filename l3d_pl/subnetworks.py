@@ -4,10 +4,11 @@ Neither the gradients [samples x n_w] nor the subnetworks [n_v x n_w] have to ex
 
     sum_i ‖g_i - V_out c_i‖² = sum_i ‖g_i‖² - 2 c_i . p_i + c_i^T M c_i,    p = V_out^T g,    M = V_out^T V_out.
 
-Small parameters are dense all the same, joined into one block, where the residual itself is cheapest (`prepare` decides).
+Small parameters are dense all the same, joined into one block, where the residual itself is cheapest (`prepare`
+decides).
 
-Several decompositions of the same gradients can be learned side by side (`restarts`): arrays are then [.., R, n_v], and the
-R * n_v subnetworks of all of them are stored as one batch.
+Several decompositions of the same gradients can be learned side by side (`restarts`): arrays are then [.., R, n_v], and
+the R * n_v subnetworks of all of them are stored as one batch.
 """
 
 from __future__ import annotations
@@ -33,16 +34,18 @@ SMALL_PARAMETER = 4096
 def ranks_per_parameter(
     shapes: Mapping[str, Sequence[int]], ranks: Rank | Mapping[str, Rank]
 ) -> dict[str, tuple[int, ...]]:
-    """Ranks of every parameter from one `rank` for all, or from {pattern: rank}, of which the first that matches counts.
+    """Ranks of every parameter from one `rank` for all, or from {pattern: rank}, where the first that matches counts.
 
     Raises:
-        L3DError: an invalid rank, one that no parameter can have, a pattern that matches no parameter, a parameter without a pattern.
+        L3DError: an invalid rank, one that no parameter can have, a pattern that matches no parameter, a parameter
+            without a pattern.
     """
     if not isinstance(ranks, Mapping):
         largest = max((size for shape in shapes.values() for size in shape), default=1)
         if not isinstance(ranks, Sequence) and ranks > max(1, largest):  # capped where some parameter can have it
             raise L3DError(
-                f"ranks: found rank {ranks}, above every dimension of the chosen parameters; allowed are up to {largest}"
+                f"ranks: found rank {ranks}, above every dimension of the chosen parameters; "
+                f"allowed are up to {largest}"
             )
         uniform: dict[str, Rank] = {}
         for (
@@ -107,7 +110,7 @@ class Directions(nn.Module):
         scale = self.squared_norms().clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
         for module in self.children():
             core = module.core
-            core.mul_(scale.view(-1, *[1] * (core.ndim - 1)))  # type: ignore[union-attr,operator]
+            core.mul_(scale.view(-1, *[1] * (core.ndim - 1)))  # type: ignore[operator]
 
     @torch.no_grad()
     def copy_(self, tuckers: Mapping[str, Tucker], index: Tensor | slice = slice(None)) -> None:
@@ -151,12 +154,10 @@ class Prepared:
 
     def sample_energies(self) -> Tensor:
         """‖g_i‖² of every sample, [N]."""
-        total = (
-            torch.stack([gradient.squared_norms() for gradient in self.factored.values()]).sum(0)
-            if self.factored
-            else 0
-        )
-        return total if self.block is None else self.block.square().sum(1) + total
+        parts = [] if self.block is None else [self.block.square().sum(1)]
+        if self.factored:
+            parts.append(torch.stack([gradient.squared_norms() for gradient in self.factored.values()]).sum(0))
+        return torch.stack(parts).sum(0)
 
     def gram(self) -> Tensor:
         """<g_i, g_j> of all pairs of samples, [N, N]."""
@@ -264,7 +265,7 @@ class Subnetworks(nn.Module):
     # -- layout -----------------------------------------------------------------------------------------------------
 
     def is_dense(self, name: str, gradient: SampleGradient) -> bool:
-        """Whether a parameter joins the dense block: by the number of multiplications of a step, or because it is small."""
+        """Whether a parameter joins the dense block: by a step's number of multiplications, or because it is small."""
         if not isinstance(gradient, OuterGradient) or len(self.shapes[name]) != 2:
             return True
         size, n, ranks = math.prod(self.shapes[name]), self.v_out.n, self.ranks[name]
@@ -291,7 +292,7 @@ class Subnetworks(nn.Module):
         return Prepared(names, tuple(part.shape[1] for part in parts), block, factored, n_samples)
 
     def view(self, directions: Directions, prepared: Prepared) -> View:
-        """V_in or V_out laid out for `prepared`. Build it once per step for each side: it holds their autograd graph."""
+        """V_in or V_out laid out for `prepared`. Build it once per step and side: it holds their autograd graph."""
         tuckers = directions.tuckers()
         dense = [tuckers[name] for name in prepared.names[: len(prepared.sizes)]]
         block = dense_block(dense) if dense else None
@@ -315,7 +316,8 @@ class Subnetworks(nn.Module):
             rest = View(None, view.tuckers)
             p = torch.stack([g.coefficients(view.tuckers[name]) for name, g in prepared.factored.items()]).sum(0)
             energy = torch.stack([g.squared_norms().sum(dtype=torch.float64) for g in prepared.factored.values()]).sum()
-            total = total + self._gram_error(codes, p, rest, energy)
+            rest_error = self._gram_error(codes, p, rest, energy)
+            total = rest_error if total is None else total + rest_error
         assert total is not None
         return Reconstruction(total, prepared.energy)
 
@@ -393,7 +395,7 @@ class Subnetworks(nn.Module):
     def perturbed(
         self, model: nn.Module, deltas: Mapping[int, float], restart: int = 0, parameters: Sequence[str] | None = None
     ) -> Iterator[nn.Module]:
-        """W0 + sum_k delta_k v_k for the time of a `with` block; then every byte of W0 is put back, exceptions included.
+        """W0 + sum_k delta_k v_k within a `with` block; then every byte of W0 is put back, exceptions included.
 
         Args:
             model: the target model.

@@ -184,7 +184,7 @@ def fit_and_score(job: Job, config: dict[str, Any], root: Path, seed: int) -> li
         trainer.fit(module, data)
     seconds = (time.perf_counter() - start) / (job.restarts if job.side_by_side else 1)
     data.setup()
-    inputs = data.test[torch.arange(len(data.test))]["inputs"]  # type: ignore[arg-type,call-overload]
+    inputs = data.test[torch.arange(len(data.test))]["inputs"]  # type: ignore[arg-type]
     name = job.recipe if job.side_by_side or job.restarts == 1 else f"{job.recipe}, best of {job.restarts}"
     runs = []
     for restart in range(job.restarts) if job.side_by_side else [module.best_restart]:
@@ -240,7 +240,7 @@ def rows_of(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     groups: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.toy, run.target, run.recipe), []).append(run)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (toy, target, recipe), members in sorted(
         groups.items(), key=lambda item: (TOYS.index(item[0][0]), item[0][1:])
     ):

@@ -1,8 +1,8 @@
 """A batch of Tucker tensors, one for each subnetwork, all shaped like one parameter of the target model.
 
-v_k = G_k x1 U_k1 x2 U_k2 ... (paper, section on low-rank subnetworks): every subnetwork has a core G_k [R1, ..., RN] and a
-factor matrix U_km [I_m, R_m] for each mode m of its own. Everything here is plain algebra on those small tensors; the
-full tensor [n, I1, ..., IN] is built by `dense` only.
+v_k = G_k x1 U_k1 x2 U_k2 ... (paper, section on low-rank subnetworks): every subnetwork has a core G_k [R1, ..., RN]
+and a factor matrix U_km [I_m, R_m] for each mode m of its own. Everything here is plain algebra on those small tensors;
+the full tensor [n, I1, ..., IN] is built by `dense` only.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import tensorly
 import torch
-from tensorly.decomposition import tucker
+from tensorly.decomposition import tucker as tensorly_tucker
 from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ def resolve_ranks(rank: Rank, shape: Sequence[int], name: str = "parameter") -> 
     (0, 1) is that fraction of the dimension, rounded up. A list's explicit int may not exceed its dimension.
 
     Raises:
-        L3DError: a list of the wrong length, a rank below 1, a fraction outside (0, 1), a list entry above its dimension.
+        L3DError: a list of the wrong length, a rank below 1, a fraction outside (0, 1), an entry above its dimension.
     """
     explicit = isinstance(rank, Sequence)
     entries: list[int | float] = list(rank) if isinstance(rank, Sequence) else [rank] * len(shape)
@@ -122,7 +122,7 @@ class Tucker(NamedTuple):
         return Tucker(self.core.detach(), tuple(factor.detach() for factor in self.factors))
 
     def to_tensorly(self, k: int) -> TuckerTensor:
-        """Tensor k as tensorly's own `TuckerTensor` (with tensorly's PyTorch backend, `tensorly.set_backend("pytorch")`).
+        """Tensor k as tensorly's own `TuckerTensor` (with tensorly's backend set: `tensorly.set_backend("pytorch")`).
 
         A vector becomes a one-column matrix [I, 1]: tensorly wants two modes at least.
         """
@@ -135,8 +135,8 @@ class Tucker(NamedTuple):
 def dense_block(tuckers: Sequence[Tucker]) -> Tensor:
     """Dense tensors of several parameters, flattened and joined: [n, sum of their sizes].
 
-    One autograd node with a hand-written backward: for small models a step is bound by the number of operations, and this
-    takes a third of what autograd's own graph would.
+    One autograd node with a hand-written backward: for small models a step is bound by the number of operations, and
+    this takes a third of what autograd's own graph would.
     """
     return _DenseBlock.apply([len(tucker.factors) for tucker in tuckers], *flatten(tuckers))
 
@@ -184,7 +184,7 @@ def multiply_out(tuckers: Sequence[Tucker]) -> tuple[Tensor, list[Tensor]]:
 
 
 def multiply_out_backward(tuckers: Sequence[Tucker], lefts: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
-    """From the gradient at the block [n, w] to the gradients of (core, *factors) of every parameter, in one flat list."""
+    """From the gradient at the block [n, w] to those of (core, *factors) of every parameter, in one flat list."""
     result: list[Tensor] = []
     sizes = [math.prod(tucker.shape) for tucker in tuckers]
     for tucker, left, part in zip(tuckers, lefts, gradient.split(sizes, dim=1), strict=True):
@@ -214,7 +214,7 @@ class _DenseBlock(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         count = len(ctx.saved_tensors) - len(ctx.modes)
         tuckers = unflatten(ctx.modes, ctx.saved_tensors[:count])
         return None, *multiply_out_backward(tuckers, ctx.saved_tensors[count:], gradient)
@@ -223,9 +223,9 @@ class _DenseBlock(torch.autograd.Function):
 class TuckerParameters(nn.Module):
     """The learned core and factors of `n` Tucker tensors shaped like one parameter; `tucker` is the algebra on them.
 
-    `core` is [n, R1, ..., RN], `factor{m}` [n, I_m, R_m]: a shard by subnetwork is a slice of the first dimension of each.
-    They start as independent normal values (the paper's code; the scale is undone by the unit norm), so that every
-    subnetwork starts as a random direction.
+    `core` is [n, R1, ..., RN], `factor{m}` [n, I_m, R_m]: a shard by subnetwork is a slice of the first dimension of
+    each. They start as independent normal values (the paper's code; the scale is undone by the unit norm), so that
+    every subnetwork starts as a random direction.
     """
 
     def __init__(self, n: int, shape: Sequence[int], ranks: Sequence[int], generator: torch.Generator | None = None):
@@ -255,7 +255,7 @@ def truncate(tensors: Tensor, ranks: Sequence[int]) -> Tucker:
     Vectors and matrices by a batched SVD (the best approximation there is, Eckart-Young); tensors of more modes by
     tensorly's `tucker` (HOOI started from the HOSVD). The factors are orthonormal, the core holds the scale.
     """
-    n, shape = tensors.shape[0], tensors.shape[1:]
+    shape = tensors.shape[1:]
     if len(shape) == 0:
         return Tucker(tensors.clone(), ())
     if len(shape) <= 2:
@@ -269,6 +269,6 @@ def truncate(tensors: Tensor, ranks: Sequence[int]) -> Tucker:
         core = core[:, : ranks[0], : ranks[1]].contiguous()
         return Tucker(core, (u[..., : ranks[0]].contiguous(), vh[:, : ranks[1]].mT.contiguous()))
     with tensorly.backend_context("pytorch", local_threadsafe=True):
-        parts = [tucker(tensor, rank=list(ranks), init="svd", n_iter_max=10) for tensor in tensors]
+        parts = [tensorly_tucker(tensor, rank=list(ranks), init="svd", n_iter_max=10) for tensor in tensors]
     factors = tuple(torch.stack([part.factors[mode] for part in parts]) for mode in range(len(shape)))
     return Tucker(torch.stack([part.core for part in parts]), factors)

@@ -1,4 +1,7 @@
-"""What surrounds the loop, by itself: one log over all resumes, one checkpoint, signals, random states. (test_resume.py: together.)"""
+"""What surrounds the loop, by itself: one log over all resumes, one checkpoint, signals, random states.
+
+test_resume.py has them together.
+"""
 
 import csv
 import os
@@ -242,15 +245,15 @@ def test_stopped_command_says_how_to_go_on(
 
 
 def draw() -> tuple[float, float, float, float]:
-    return torch.rand(()).item(), np.random.random(), np.random.normal(), random.gauss(0, 1)
+    return torch.rand(()).item(), np.random.random(), np.random.normal(), random.gauss(0, 1)  # noqa: NPY002
 
 
 def test_random_states_make_the_round_trip_through_a_file(tmp_path: Path) -> None:
-    torch.manual_seed(1), np.random.seed(2), random.seed(3)
+    torch.manual_seed(1), np.random.seed(2), random.seed(3)  # noqa: NPY002
     draw()  # an odd number of normal draws leaves a second one in store
     AtomicCheckpointIO().save_checkpoint({"state": RandomState().state_dict()}, tmp_path / "x.ckpt")
     expected = draw()
-    torch.manual_seed(4), np.random.seed(5), random.seed(6)
+    torch.manual_seed(4), np.random.seed(5), random.seed(6)  # noqa: NPY002
     callback = RandomState()
     callback.load_state_dict(AtomicCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")["state"])
     assert draw() != expected  # only at the first batch: what comes before may draw as it likes

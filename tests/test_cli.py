@@ -1,5 +1,6 @@
 """The command line: bad input is one line and exit code 2; what works from a config works from a user's own files."""
 
+import html
 import math
 import subprocess
 import sys
@@ -13,10 +14,12 @@ import yaml
 from safetensors.torch import load_file
 
 from l3d_pl import Decomposition, __version__
-from l3d_pl.cli import find_config, main
+from l3d_pl.cli import bad_input_in, find_config, main
 from l3d_pl.configs_path import shipped_configs
+from l3d_pl.errors import L3DError
+from l3d_pl.gradients import GradientExtractor
 from l3d_pl.lightning_cli import L3DCLI, brief
-from l3d_pl.targets.toy import TiedAutoencoder
+from l3d_pl.targets.toy import Autoencoder, TiedAutoencoder
 from l3d_pl.targets.training import save_target
 
 FIT_CONFIGS = [
@@ -189,8 +192,10 @@ def test_unknown_commands_and_missing_configs(capsys: pytest.CaptureFixture[str]
 
 def test_nothing_of_jsonargparse_stays_in_the_line() -> None:
     nested = (
-        "Parser key \"a\":\nDoes not validate against any of the Union subtypes\nSubtypes: [<class 'int'>, <class 'NoneType'>]\nErrors:\n"
-        "  - Expected a <class 'int'>\n  - Expected a <class 'NoneType'>\nGiven value type: <class 'str'>\nGiven value: x\ny"
+        'Parser key "a":\nDoes not validate against any of the Union subtypes\n'
+        "Subtypes: [<class 'int'>, <class 'NoneType'>]\nErrors:\n"
+        "  - Expected a <class 'int'>\n  - Expected a <class 'NoneType'>\n"
+        "Given value type: <class 'str'>\nGiven value: x\ny"
     )
     assert brief(nested) == r"a: found 'x\ny', allowed: int, null"
     assert brief("Parser key \"a.b\": Expected a typing.Literal['left', 'right']. Got value: lefft") == (
@@ -249,6 +254,47 @@ def test_folder_that_cannot_be_written_to(capsys: pytest.CaptureFixture[str]) ->
         assert line.startswith(f"trainer.default_root_dir: {folder} cannot be written to")
 
 
+def test_data_of_the_wrong_width_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    expected = "target model TiedAutoencoder: it cannot take inputs of shape [32, 7]: mat1 and mat2 shapes cannot be"
+    for recipe in ("l3d_pl", "paper"):  # the first batch is one for the start, or one of training
+        assert refused(capsys, *tms("--data.init_args.n_features", "7", "--model.recipe", recipe)).startswith(expected)
+    assert main(tms()) == 0
+    for command in ("validate", "test"):
+        line = refused(capsys, *tms("--ckpt_path", "last", "--data.init_args.n_features", "7", command=command))
+        assert line.startswith("target model TiedAutoencoder: it cannot take inputs of shape [20, 7]: mat1 and mat2")
+
+
+def test_later_batch_that_the_target_cannot_take_keeps_its_traceback() -> None:
+    """Only the first batch tells of a setting; what fails later is no bad input, and the command line does not hide it."""
+    model = TiedAutoencoder(5, 2)
+    extractor = GradientExtractor(model, dict(model.named_parameters()))
+    with pytest.raises(L3DError, match=r"TiedAutoencoder: it cannot take inputs of shape \[3, 7\]"):
+        extractor(torch.rand(3, 7))
+    extractor(torch.rand(3, 5))
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as error:
+        extractor(torch.rand(3, 7))
+    assert bad_input_in(error.value) is None
+
+
+def test_toy_run_whose_target_has_no_truth_ends_well_without_a_score(capsys: pytest.CaptureFixture[str]) -> None:
+    tmcs = tms()
+    tmcs[tmcs.index("tms")] = "tmcs"
+    model = Autoencoder(10, 5)
+    save_target("t.safetensors", model, {"A": torch.rand(10, 10)})
+    assert main(tmcs) == 0
+    assert Path("run/score.json").is_file()
+    assert "features recovered" in capsys.readouterr().out
+
+    save_target("t.safetensors", model)
+    sentence = "target file: t.safetensors has no tensor 'truth.A', the task's matrix, which tmcs is scored against"
+    assert main(tmcs) == 0
+    assert f"not scored; {sentence}" in capsys.readouterr().out
+    assert f"not scored; {sentence}" in html.unescape(Path("run/atlas/index.html").read_text())
+    assert not Path("run/score.json").exists()  # nor that of the run before
+    assert main(["report", "run"]) == 0
+    assert refused(capsys, "score", "run") == sentence
+
+
 def test_score_and_report_of_what_is_no_toy_run(capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty").mkdir()
     for command in ("score", "report"):
@@ -273,7 +319,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class OwnModel(nn.Module):
-    """Two layers; `poison` makes the gradients of `second` NaN where an input is above it, and leaves the outputs alone."""
+    """Two layers; `poison` makes the gradients of `second` NaN where an input is above it, and keeps the outputs."""
 
     def __init__(self, poison: float = 9.0):
         super().__init__()
@@ -315,7 +361,7 @@ trainer: {accelerator: cpu, default_root_dir: run}
 
 
 def own_files() -> str:
-    """`own.yaml` and the module that it names, under a new name each time (Python imports a name once); returns the name."""
+    """`own.yaml` and its module, under a new name each time (Python imports a name once); returns the name."""
     module = f"own_{abs(hash(Path.cwd()))}"
     Path(f"{module}.py").write_text(OWN_CODE)
     Path("own.yaml").write_text(OWN_CONFIG % {"module": module})
@@ -365,7 +411,8 @@ def test_nan_in_a_gradient_names_batch_and_parameter(capsys: pytest.CaptureFixtu
     bad = ["--data.init_args.bad", "3", "--data.init_args.large", "true"]
     line = refused(capsys, "fit", "--config", "own.yaml", *SHORT, *bad)
     assert line.startswith(
-        "batch 1: found NaN or infinity in the gradient; first in the gradient of parameter 'second.weight', 3 of 10 samples"
+        "batch 1: found NaN or infinity in the gradient; "
+        "first in the gradient of parameter 'second.weight', 3 of 10 samples"
     ), line
 
 

@@ -1,9 +1,9 @@
 """Golden loss curves: what training computes does not change unnoticed.
 
-40 steps each, on targets that are drawn, not trained, on one thread; the settings that a recipe would choose are written
-out, so that tuning the recipes changes nothing here. What decides between whole subnetworks (K-lines, swaps) runs in
-float64: there the last digit of a float32, which is another one on another CPU, can tip the scales. For the same reason
-the larger targets start at random.
+40 steps each, on targets that are drawn, not trained, on one thread; the settings that a recipe would choose are
+written out, so that tuning the recipes changes nothing here. What decides between whole subnetworks (K-lines, swaps)
+runs in float64: there the last digit of a float32, which is another one on another CPU, can tip the scales. For the
+same reason the larger targets start at random.
 
 After a change that is meant to change the numbers:
 

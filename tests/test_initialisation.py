@@ -16,7 +16,7 @@ SHAPES = {"w": (6, 5), "b": (6,)}
 
 
 def planted(n_lines: int, samples: int, seed: int = 0) -> tuple[dict[str, SampleGradient], Tensor]:
-    """Gradients that each lie along one of `n_lines` rank-1 directions (w as outer products), and these, [n_lines, 36]."""
+    """Gradients that each lie along one of `n_lines` rank-1 directions (w as outer products); these, [n_lines, 36]."""
     random = torch.Generator().manual_seed(seed)
     left = torch.linalg.qr(torch.randn(6, 6, generator=random))[0][:n_lines]
     right = torch.randn(n_lines, 5, generator=random)
@@ -88,4 +88,5 @@ def test_noise_of_the_start_keeps_unit_norm_and_tied_sides(representation: str) 
         assert torch.equal(subnetworks.v_in.tuckers()[name].dense(), subnetworks.v_out.tuckers()[name].dense())
     directions = torch.cat([subnetworks.v_out.tuckers()[name].dense().flatten(1) for name in SHAPES], 1)
     cosines = (directions @ lines.mT).abs().amax(0)
-    assert (cosines > 0.99).all() and (cosines < 1 - 1e-6).all()
+    assert (cosines > 0.99).all()
+    assert (cosines < 1 - 1e-6).all()

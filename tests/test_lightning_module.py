@@ -269,7 +269,7 @@ def test_best_restart_on_held_out_data_is_exported(tmp_path: Path) -> None:
 
 
 def test_first_restart_is_the_run_without_restarts(tmp_path: Path) -> None:
-    """From the gradients, and without repairs, whose random numbers the restarts share. (Rounding differs: they are one batch.)"""
+    """Without repairs, whose random numbers the restarts share. (Rounding differs: they are one batch.)"""
     modules = [module_of(restarts=restarts, swap_every=0) for restarts in (1, 2)]
     for module in modules:
         trainer_of(tmp_path).fit(module, data_of())

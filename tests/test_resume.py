@@ -121,7 +121,7 @@ def test_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
     AtomicCheckpointIO().save_checkpoint({"value": torch.ones(300)}, tmp_path / "last.ckpt")
     whole = (tmp_path / "last.ckpt").read_bytes()
     (tmp_path / "last.ckpt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(L3DError, match="last.ckpt is damaged or no checkpoint") as error:
+    with pytest.raises(L3DError, match=r"last\.ckpt is damaged or no checkpoint") as error:
         AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")
     assert "\n" not in str(error.value)
 
@@ -159,7 +159,8 @@ def test_twenty_interruptions_by_signal_and_by_kill(tmp_path: Path) -> None:
             process.kill()
         if kind != "SIGKILL":
             assert process.returncode == 0, output
-            assert f"{kind} after step" in output and "go on with: l3d fit --config" in output
+            assert f"{kind} after step" in output
+            assert "go on with: l3d fit --config" in output
         if last.is_file():
             torch.load(last, weights_only=True)  # whole, whatever happened
         seen[kind] += 1

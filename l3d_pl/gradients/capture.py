@@ -4,14 +4,15 @@ A `TorchFunctionMode` sees every operation of the forward pass. Where an operand
 nothing but parameters: `W.T`, `W[:k]`, `W @ W.T`), the operation's rule (operations.py) keeps the other operand, and
 `get_gradient_edge` marks the output. One `autograd.grad` from the model's output to these edges then gives every D.
 
-No parameter ever requires a gradient. The first watched output does, as a clone of a new leaf: the graph lives from there
-on, and nothing below the first chosen parameter is differentiated.
+No parameter ever requires a gradient. The first watched output does, as a clone of a new leaf: the graph lives from
+there on, and nothing below the first chosen parameter is differentiated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from torch.utils._pytree import tree_map_only
 
 from l3d_pl.gradients.operations import RULES, Finish
 from l3d_pl.gradients.sample_gradient import DenseGradient, SampleGradient, add
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 _DETACHING = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 
@@ -43,7 +47,7 @@ class Tracked:
             if base.ndim == 2 and _same_view(self.tensor, base.T):
                 return {self.parameters[0]: gradient.transposed()}
         mine = {name: values[name].detach() for name in self.parameters}
-        _, vjp = torch.func.vjp(self.evaluate, mine)
+        vjp = torch.func.vjp(self.evaluate, mine)[1]
         return {name: DenseGradient(value) for name, value in torch.func.vmap(vjp)(gradient.dense())[0].items()}
 
 
@@ -78,15 +82,14 @@ class Capture(TorchFunctionMode):
         super().__init__()
         self.parameters, self.n, self.copy_operands = parameters, n, copy_operands
         self.constants = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        self.tracked = {
-            id(tensor): Tracked(tensor, (name,), lambda values, name=name: values[name])
-            for name, tensor in parameters.items()
-        }
+        self.tracked = {id(tensor): Tracked(tensor, (name,), itemgetter(name)) for name, tensor in parameters.items()}
         self.edges: list[GradientEdge] = []
         self.uses: list[Use] = []
         self.uncaptured: dict[str, str] = {}
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         tensors = _tensors(args, kwargs)
         operands = [self.tracked[id(arg)] for arg in tensors if id(arg) in self.tracked]
@@ -98,7 +101,7 @@ class Capture(TorchFunctionMode):
             return result
         return self._derive(func, args, kwargs, operands) if is_constant else self._use(func, args, kwargs, operands)
 
-    def _derive(self, func: Callable, args: tuple, kwargs: dict, operands: list[Tracked]) -> Any:
+    def _derive(self, func: Callable[..., Any], args: Args, kwargs: Kwargs, operands: list[Tracked]) -> Any:
         """An operation on constants of the model only: its result is tracked in its turn."""
         versions = [operand.tensor._version for operand in operands]
         result = func(*args, **kwargs)
@@ -122,10 +125,10 @@ class Capture(TorchFunctionMode):
             track(result, lambda whole: whole)
         elif isinstance(result, (tuple, list)):
             for index, part in enumerate(result):
-                track(part, lambda whole, index=index: whole[index])
+                track(part, itemgetter(index))
         return result
 
-    def _use(self, func: Callable, args: tuple, kwargs: dict, operands: list[Tracked]) -> Any:
+    def _use(self, func: Callable[..., Any], args: Args, kwargs: Kwargs, operands: list[Tracked]) -> Any:
         """An operation of parameters with data: ask its rule, run it, mark its output."""
         name = getattr(func, "__name__", str(func))
         inplace = name.endswith("_") and not name.endswith("__")
@@ -141,12 +144,8 @@ class Capture(TorchFunctionMode):
             if finish is None:
                 self.uncaptured.update(dict.fromkeys(operand.parameters, name))
             else:
-                kept = (
-                    [(arg, arg._version) for arg in _tensors(args, kwargs) if id(arg) not in self.tracked]
-                    if not inplace
-                    else []
-                )
-                found.append(Use(operand, finish, len(self.edges), kept))
+                others = [] if inplace else [arg for arg in _tensors(args, kwargs) if id(arg) not in self.tracked]
+                found.append(Use(operand, finish, len(self.edges), [(arg, arg._version) for arg in others]))
         output = func(*args, **kwargs)
         if not found:
             return output
@@ -186,7 +185,7 @@ class Capture(TorchFunctionMode):
         return total
 
 
-def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
+def _tensors(args: Args, kwargs: Kwargs) -> list[Tensor]:
     """Tensors among the arguments, one level of lists deep (torch.cat and the like)."""
     found: list[Tensor] = []
     for arg in (*args, *kwargs.values()) if kwargs else args:

@@ -1,4 +1,4 @@
-"""One call from a batch to every sample's gradient: forward, references, one backward, rules; the oracle for the rest."""
+"""One call from a batch to every sample's gradient: forward, references, one backward, rules; or the oracle."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from l3d_pl.divergence import DivergenceLike, make_divergence, make_references
 from l3d_pl.errors import L3DError, require_choice
 from l3d_pl.gradients.capture import Capture
-from l3d_pl.gradients.forward import batch_size, call_model, inputs_of, slice_inputs
+from l3d_pl.gradients.forward import batch_size, call_model, inputs_of, slice_inputs, tensors_of
 from l3d_pl.gradients.functional import loop_gradients, oracle_gradients
 from l3d_pl.gradients.sample_gradient import DenseGradient, SampleGradient
 from l3d_pl.targets.frozen import select_parameters
@@ -35,7 +35,7 @@ class Extraction:
 
 
 class GradientExtractor:
-    """g_i = grad_W D(f(x_i, W), y_r) at W0 for every sample of a batch, with respect to chosen parameters of a frozen model.
+    """g_i = grad_W D(f(x_i, W), y_r) at W0 for every sample of a batch, for chosen parameters of a frozen model.
 
     Args:
         model: the target model, in eval mode; its parameters are never changed and never need a gradient.
@@ -58,6 +58,7 @@ class GradientExtractor:
         self.divergence, self.reference = make_divergence(divergence), reference
         self.oracle_parameters: dict[str, str] = {}  # name -> the operation that has no rule
         self._copy_operands = False
+        self._has_run = False  # the target model has taken a batch
 
     @torch.no_grad()
     def outputs(self, batch: Any) -> Tensor:
@@ -73,13 +74,22 @@ class GradientExtractor:
             batch: a tensor, a tuple (inputs, ...), or a mapping (see `inputs_of`).
             generator: random state for the references (CPU).
             references: y_r of every sample, [N, ...], instead of drawing them.
+
+        Raises:
+            L3DError: a first batch that the target model cannot take, such as inputs of the wrong width.
         """
         inputs = inputs_of(batch)
         captured = {name: tensor for name, tensor in self.parameters.items() if name not in self.oracle_parameters}
         capture = Capture(self.model, captured, batch_size(inputs), self._copy_operands)
         with torch.inference_mode(False), torch.enable_grad():
-            with capture:
-                output = call_model(self.model, inputs)
+            try:
+                with capture:
+                    output = call_model(self.model, inputs)
+            except RuntimeError:
+                if not self._has_run:
+                    self._require_fitting(inputs)
+                raise
+            self._has_run = True
             if capture.operands_changed() and not self._copy_operands:
                 self._copy_operands = True  # this model changes activations in place after their use: keep copies
                 return self(batch, generator, references)
@@ -99,6 +109,17 @@ class GradientExtractor:
             dense = oracle_gradients(self.model, chosen, batch, references, self.divergence)
             gradients |= {name: DenseGradient(value.detach()) for name, value in dense.items()}
         return Extraction({name: gradients[name] for name in self.parameters}, outputs, references)
+
+    def _require_fitting(self, inputs: Any) -> None:
+        """Raise an `L3DError` where the target model fails on `inputs` by itself, without `Capture` around it."""
+        try:
+            call_model(self.model, inputs)
+        except RuntimeError as error:
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors_of(inputs))
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise L3DError(
+                f"target model {type(self.model).__name__}: it cannot take inputs of shape {shapes}: {reason}"
+            ) from error
 
     def _contrast(self, batch: Any) -> Tensor | None:
         if self.reference != "contrastive" or not isinstance(batch, Mapping) or "contrast" not in batch:
@@ -133,8 +154,9 @@ class GradientExtractor:
             error = float((found - expected).double().norm())
             if error > tolerance * max(scale, 1e-12):
                 raise L3DError(
-                    f"parameter '{name}': its gradient for sample {index} of a batch differs from that of the sample alone by "
-                    f"{error / max(scale, 1e-12):.1e} of the norm; the target model must keep samples apart, in the first dimension"
+                    f"parameter '{name}': its gradient for sample {index} of a batch differs from that of the sample "
+                    f"alone by {error / max(scale, 1e-12):.1e} of the norm; the target model must keep samples apart, "
+                    "in the first dimension"
                 )
 
 

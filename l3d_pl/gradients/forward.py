@@ -47,7 +47,8 @@ def call_model(model: nn.Module, inputs: Any) -> Tensor:
     if isinstance(output, Sequence) and len(output) and isinstance(output[0], Tensor):
         return output[0]
     raise L3DError(
-        f"target model {type(model).__name__}: its output is a {type(output).__name__}; a tensor, a tuple or `logits` is needed"
+        f"target model {type(model).__name__}: its output is a {type(output).__name__}; "
+        "a tensor, a tuple or `logits` is needed"
     )
 
 

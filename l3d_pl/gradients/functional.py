@@ -1,7 +1,7 @@
 """The oracle: per-sample gradients of any parameter of any model, by differentiating one sample at a time.
 
-Correct but slow, and dense. It serves the parameters that an operation without a rule uses, and it is what a fit compares
-its first batch with.
+Correct but slow, and dense. It serves the parameters that an operation without a rule uses, and it is what a fit
+compares its first batch with.
 """
 
 from collections.abc import Callable, Mapping

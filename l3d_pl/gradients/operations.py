@@ -1,9 +1,10 @@
 """One rule per operation: what the gradient of each sample is with respect to an operand that is a chosen parameter.
 
 A rule is a function with the operation's own arguments, after two more: `operand`, the very tensor in question (compare
-with `is`), and `n`, the number of samples. It is called while the frozen model runs and returns a function that turns D,
-the gradient at the operation's output, into the operand's `SampleGradient`; or None for a form of the operation it does
-not cover (the parameter then goes to the slow oracle, functional.py). It holds on to nothing but the operands it needs.
+with `is`), and `n`, the number of samples. It is called while the frozen model runs and returns a function that turns
+D, the gradient at the operation's output, into the operand's `SampleGradient`; or None for a form of the operation it
+does not cover (the parameter then goes to the slow oracle, functional.py). It holds on to nothing but the operands it
+needs.
 
 To teach the library a new operation, add one rule here: `@rule("name", ...)` with the names torch gives the operation.
 """
@@ -37,7 +38,7 @@ def per_position(tensor: Tensor, n: int) -> Tensor | None:
 
 
 def reduce_to(values: Tensor, n: int, shape: tuple[int, ...]) -> Tensor | None:
-    """Undo broadcasting per sample: [N * ..., *broadcast] -> [N, *shape]; None if `shape` has the sample dimension in it."""
+    """Undo broadcasting per sample: [N * ..., *broadcast] -> [N, *shape]; None if `shape` holds that of the samples."""
     missing = values.ndim - len(shape)
     if missing < 0 or values.shape[0] % n or (missing == 0 and (not shape or shape[0] != 1)):
         return None
@@ -126,7 +127,7 @@ def sub(operand: Tensor, n: int, input: Tensor, other: Tensor | float, *, alpha:
 
 @rule("__rsub__", "rsub")
 def rsub(operand: Tensor, n: int, input: Tensor, other: Tensor | float) -> Finish | None:
-    return sub(operand, n, other, input)  # type: ignore[arg-type]
+    return sub(operand, n, other, input)
 
 
 @rule("mul", "multiply", "__rmul__")

@@ -4,8 +4,8 @@ A gradient of sample i with respect to a parameter is never needed by itself: on
 (c = V_in g), with other samples, its norm, and weighted sums of samples. Two representations offer them:
 
 - `DenseGradient`: the tensor [N, *shape]. Right for small parameters (biases, norms, toys).
-- `OuterGradient`: a matrix G_i = sum_s D_is A_is^T, kept as its two sides. Right for weight matrices, where D (gradient at
-  the operation's output) and A (its input) are far smaller than G.
+- `OuterGradient`: a matrix G_i = sum_s D_is A_is^T, kept as its two sides. Right for weight matrices, where D (gradient
+  at the operation's output) and A (its input) are far smaller than G.
 """
 
 from __future__ import annotations
@@ -204,11 +204,8 @@ def add(first: SampleGradient, second: SampleGradient) -> SampleGradient:
 
 def concatenate(parts: Sequence[SampleGradient]) -> SampleGradient:
     """The samples of all `parts`, in order (gradients of one parameter from several batches)."""
-    first = parts[0]
-    if all(
-        isinstance(part, OuterGradient) and part.inputs.shape[1] == first.inputs.shape[1] for part in parts
-    ) and isinstance(first, OuterGradient):
-        outers = [part for part in parts if isinstance(part, OuterGradient)]
+    outers = [part for part in parts if isinstance(part, OuterGradient)]
+    if len(outers) == len(parts) and len({part.inputs.shape[1] for part in outers}) == 1:  # as many positions in each
         outputs, inputs = torch.cat([part.outputs for part in outers]), torch.cat([part.inputs for part in outers])
-        return replace(first, outputs=outputs, inputs=inputs)
+        return replace(outers[0], outputs=outputs, inputs=inputs)
     return DenseGradient(torch.cat([part.dense() for part in parts]))

@@ -17,7 +17,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def select_parameters(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, Tensor]:
-    """The parameters whose names match any of `patterns`, in the model's order, each tensor once (tied ones by first name).
+    """The parameters whose names match any of `patterns`, in the model's order, each tensor once (by its first name).
 
     A pattern is a shell glob (`*`, `layers.3.*.weight`), or a regular expression after the prefix `re:`.
 
