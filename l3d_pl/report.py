@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -166,8 +167,6 @@ def print_summary(run_dir: Path, seconds: float) -> None:
     loss = decomposition.figures.get("val/loss")
     table.add_row("held-out loss L", number(loss))
     score, unscored = try_score(run_dir) if toy_of(decomposition) else (None, "")
-    if unscored:
-        table.add_row("ground truth", unscored)
     if score is not None:
         table.add_row(
             f"{score.circuit_kind}s recovered", f"{int(score.figures['recovered'] or 0)} of {score.n_circuits}"
@@ -189,4 +188,7 @@ def print_summary(run_dir: Path, seconds: float) -> None:
     )
     table.add_row("page, pictures", str(run_dir / "atlas" / "index.html"))
     table.add_row("decomposition", str(run_dir / "decomposition"))
-    Console(soft_wrap=True).print(table)
+    console = Console(soft_wrap=True)
+    console.print(table)
+    if unscored:
+        console.print(Text(unscored))  # Text: a path is no markup

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch import Trainer, seed_everything
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from datamodules.loading import InMemoryData, Rows
 from datamodules.toy import ToyData
 from l3d_pl.errors import L3DError
+from l3d_pl.lightning_cli import train_target
 from l3d_pl.targets.digits import DigitsCNN
 from l3d_pl.targets.toy import MLP, Autoencoder, TiedAutoencoder, features_represented, learned_of_truth
 from l3d_pl.targets.training import TargetTraining, fit_target, load_target, save_target
@@ -76,15 +76,7 @@ def no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def trained(config: Path, output: Path, *arguments: str) -> dict[str, Any]:
     """Train as `l3d target` does, and return the figures."""
-    cli = LightningCLI(
-        TargetTraining,
-        LightningDataModule,
-        subclass_mode_data=True,
-        save_config_callback=None,
-        run=False,
-        args=["--config", str(config), *arguments],
-    )
-    return fit_target(cli.model, cli.datamodule, cli.trainer, output, seed=cli.config.seed_everything)
+    return train_target(["--config", str(config), *arguments], str(output))
 
 
 def quick(**changes: Any) -> tuple[TargetTraining, ToyData, Trainer]:
