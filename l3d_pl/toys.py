@@ -140,9 +140,8 @@ def ensure_target(toy: str, target: str, root: Path) -> None:
         raise L3DError(f"targets: there is no file {target}")
     from l3d_pl.lightning_cli import train_target
 
-    train_target(
-        ["--config", str(shipped_configs() / "targets" / f"{toy}.yaml"), "--seed_everything", target], str(path)
-    )
+    config = str(shipped_configs() / "targets" / f"{toy}.yaml")
+    train_target(["--config", config, "--seed_everything", target, "--trainer.enable_progress_bar", "false"], str(path))
 
 
 def run_job(job: Job, root: Path) -> list[Run]:
