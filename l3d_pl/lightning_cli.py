@@ -184,6 +184,7 @@ class L3DCLI(LightningCLI):
 
             print(f"target {weights} is not there: training it with {recipe}", flush=True)
             print_target(train_target(["--config", find_config(recipe)], weights))
+            self._set_seed()  # the target's training has set its own
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config_init[self.subcommand]["trainer"]

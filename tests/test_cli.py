@@ -543,9 +543,11 @@ def test_fit_trains_a_missing_target_and_leaves_one_that_is_there(capsys: pytest
     args = tms("--model.target_weights", "targets/new.safetensors", "--model.target_config", "recipe.yaml")
     assert main(args) == 0
     assert "target targets/new.safetensors is not there: training it with recipe.yaml" in capsys.readouterr().out
-    first = Path("targets/new.safetensors").read_bytes()
+    first, found = Path("targets/new.safetensors").read_bytes(), Path("run/decomposition/model.safetensors")
+    decomposed = found.read_bytes()
     assert main(args) == 0
     assert "training it" not in capsys.readouterr().out
+    assert found.read_bytes() == decomposed  # the target's own seed is not left behind
     assert Path("targets/new.safetensors").read_bytes() == first
 
     # `l3d target` makes the same one, byte for byte but for the figure of the time
