@@ -537,7 +537,7 @@ def test_every_value_can_be_set_from_the_command_line(monkeypatch: pytest.Monkey
 def test_fit_trains_a_missing_target_and_leaves_one_that_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = yaml.safe_load(Path(find_config("targets/tms")).read_text())
     recipe["data"]["init_args"] |= {"batch_size": 64, "steps_per_epoch": 5, "n_val": 50, "n_test": 50}
-    recipe["trainer"]["max_epochs"] = 1
+    recipe["trainer"] |= {"max_epochs": 1, "enable_progress_bar": False}
     recipe["model"]["restarts"] = 1
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
     args = tms("--model.target_weights", "targets/new.safetensors", "--model.target_config", "recipe.yaml")
