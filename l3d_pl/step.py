@@ -21,7 +21,7 @@ from torch import Tensor
 from l3d_pl.batch_topk import batch_topk
 from l3d_pl.gradients import OuterGradient
 from l3d_pl.subnetworks import Prepared, Subnetworks
-from l3d_pl.tucker import Tucker, flatten, multiply_out, multiply_out_backward, unflatten
+from l3d_pl.tucker import Matrices, Tucker, flatten, multiply_out, multiply_out_backward, unflatten
 
 
 class Step(NamedTuple):
@@ -43,58 +43,59 @@ def decompose(subnetworks: Subnetworks, prepared: Prepared, k: float) -> Step:
     names = prepared.names
     tuckers_in, tuckers_out = subnetworks.v_in.tuckers(), subnetworks.v_out.tuckers()
     flat = flatten([tuckers_in[name] for name in names]) + flatten([tuckers_out[name] for name in names])
-    return Step(
-        *_Step.apply(prepared, k, subnetworks.restarts, [len(subnetworks.shapes[name]) for name in names], *flat)
-    )
+    modes = [len(subnetworks.shapes[name]) for name in names]
+    return Step(*_Step.apply(prepared, k, subnetworks.restarts, subnetworks.chunk, modes, *flat))
 
 
 class _Side:
     """V_in or V_out against a batch: coefficients and their way back."""
 
-    def __init__(self, prepared: Prepared, tuckers: list[Tucker]):
-        self.prepared, self.n_dense = prepared, len(prepared.sizes)
+    def __init__(self, prepared: Prepared, tuckers: list[Tucker], chunk: int):
+        self.prepared, self.n_dense, self.chunk = prepared, len(prepared.sizes), chunk
         self.dense, self.factored = tuckers[: self.n_dense], tuckers[self.n_dense :]
         self.block: Tensor | None = None
         self.lefts: list[Tensor] = []
         if self.dense:
             self.block, self.lefts = multiply_out(self.dense)
         self.gradients: list[OuterGradient] = list(prepared.factored.values())  # type: ignore[arg-type]
-        self.saved: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.matrices = [tucker.matrices() for tucker in self.factored]
+        self.saved: list[list[Tensor]] = []
 
     def contract(self) -> Tensor | None:
         """Coefficients on the factored parameters, [N, n]."""
-        results = [gradient.contract(tucker) for gradient, tucker in zip(self.gradients, self.factored, strict=True)]
-        self.saved = [saved for _, saved in results]
-        return torch.stack([c for c, _ in results]).sum(0) if results else None
+        total = None
+        for gradient, matrices in zip(self.gradients, self.matrices, strict=True):
+            part, saved = gradient.contract(matrices, self.chunk)
+            self.saved.append(saved)
+            total = part if total is None else total + part
+        return total
 
-    def backward(self, d_block: Tensor | None, d_coefficients: Tensor) -> list[Tensor]:
-        """Gradients of every (core, *factors), from those at the block [n, w] and the factored coefficients [N, n]."""
+    def backward(
+        self, d_block: Tensor | None, d_coefficients: Tensor, more: list[Matrices] | None = None
+    ) -> list[Tensor]:
+        """Gradients of every (core, *factors), from those at the block [n, w] and the factored coefficients [N, n].
+
+        Args:
+            more: further gradients at the factored parameters' matrices.
+        """
         result = [] if d_block is None else multiply_out_backward(self.dense, self.lefts, d_block)
-        for gradient, tucker, saved in zip(self.gradients, self.factored, self.saved, strict=True):
-            result += gradient.contract_backward(tucker, saved, d_coefficients)
+        for i, (gradient, tucker) in enumerate(zip(self.gradients, self.factored, strict=True)):
+            d = gradient.contract_backward(self.matrices[i], self.saved[i], d_coefficients, self.chunk)
+            if more is not None:
+                d = Matrices(more[i].left + d.left, more[i].right + d.right)
+            result += tucker.matrices_backward(d)
         return result
-
-
-def _gram(tucker: Tucker, restarts: int) -> tuple[Tensor, Any]:
-    """M = V V^T of each restart, [R, n_v, n_v], and what `_gram_backward` needs."""
-    dense, lefts = multiply_out([tucker])
-    rows = dense.view(restarts, -1, dense.shape[1])
-    return rows @ rows.mT, (rows, lefts)
-
-
-def _gram_backward(tucker: Tucker, saved: Any, d_gram: Tensor) -> list[Tensor]:
-    """dV = 2 dM V for symmetric dM."""
-    rows, lefts = saved
-    return multiply_out_backward([tucker], lefts, (2 * d_gram @ rows).flatten(0, 1))
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, prepared: Prepared, k: float, restarts: int, modes: list[int], *flat: Tensor) -> Any:
+    def forward(
+        ctx: Any, prepared: Prepared, k: float, restarts: int, chunk: int, modes: list[int], *flat: Tensor
+    ) -> Any:
         with torch.autocast(flat[0].device.type, enabled=False):
             half, samples = len(flat) // 2, prepared.n_samples
-            side_in = _Side(prepared, unflatten(modes, flat[:half]))
-            side_out = _Side(prepared, unflatten(modes, flat[half:]))
+            side_in = _Side(prepared, unflatten(modes, flat[:half]), chunk)
+            side_out = _Side(prepared, unflatten(modes, flat[half:]), chunk)
             total = float(prepared.energy)
             energy = max(total, torch.finfo(torch.float32).tiny)
             scale = 2 / energy
@@ -110,7 +111,7 @@ class _Step(torch.autograd.Function):
             by_restart = (c * mask).transpose(0, 1)  # codes, [R, N, n_v]
 
             error: Tensor | float = 0.0
-            d_codes, d_out_block, grams, d_gram = None, None, [], None
+            d_codes, d_out_block, d_grams = None, None, None
             if prepared.block is not None:
                 assert side_out.block is not None
                 rows = side_out.block.view(restarts, -1, side_out.block.shape[1])
@@ -122,9 +123,12 @@ class _Step(torch.autograd.Function):
             p = side_out.contract()
             if p is not None:
                 p = p.view(samples, restarts, -1).transpose(0, 1)
-                grams = [_gram(tucker, restarts) for tucker in side_out.factored]
-                gram = torch.stack([matrix for matrix, _ in grams]).sum(0)
-                pushed = by_restart @ gram  # codes M
+                # L is quadratic in V_out: dL/dM does not depend on M, so that one pass gives M and its way back.
+                d_gram = (by_restart.mT @ by_restart).mul_(scale / 2)
+                grams, d_grams = zip(
+                    *(matrices.gram_with_gradient(d_gram, chunk) for matrices in side_out.matrices), strict=True
+                )
+                pushed = by_restart @ torch.stack(grams).sum(0)  # codes M
                 factored_energy = (
                     total if prepared.block is None else total - float(prepared.block.square().sum(dtype=torch.float64))
                 )
@@ -132,18 +136,11 @@ class _Step(torch.autograd.Function):
                 error = error + factored_energy + (by_restart.double() * (pushed.double() - 2 * p.double())).sum((1, 2))
                 d = (pushed - p).mul_(scale)
                 d_codes = d if d_codes is None else d_codes + d
-                d_gram = (by_restart.mT @ by_restart).mul_(scale / 2)
 
             d_c = (d_codes.transpose(0, 1) * mask).flatten(1)  # type: ignore[union-attr]
             gradients = side_in.backward(d_c.mT @ prepared.block if prepared.block is not None else None, d_c)
-            d_p = by_restart.transpose(0, 1).flatten(1) * -scale if grams else by_restart
-            through_c = side_out.backward(d_out_block, d_p)
-            position = len(through_c) - sum(len(tucker.factors) + 1 for tucker in side_out.factored)
-            for tucker, (_, saved) in zip(side_out.factored, grams, strict=True):
-                for part in _gram_backward(tucker, saved, d_gram):  # type: ignore[arg-type]
-                    through_c[position] += part
-                    position += 1
-            ctx.gradients = gradients + through_c
+            d_p = by_restart.transpose(0, 1).flatten(1) * -scale if d_grams else by_restart
+            ctx.gradients = gradients + side_out.backward(d_out_block, d_p, d_grams)
             ctx.mark_non_differentiable(c, mask, threshold)
             return (error / energy).to(c), c, mask, threshold  # type: ignore[union-attr]
 
@@ -154,4 +151,4 @@ class _Step(torch.autograd.Function):
         if d_loss.is_cuda or bool((d_loss != 1).any()):
             per_subnetwork = d_loss.repeat_interleave(gradients[0].shape[0] // d_loss.shape[0])
             gradients = [g * per_subnetwork.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
-        return None, None, None, None, *gradients
+        return None, None, None, None, None, *gradients

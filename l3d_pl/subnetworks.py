@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from l3d_pl.errors import L3DError, did_you_mean
 from l3d_pl.gradients import DenseGradient, OuterGradient, SampleGradient
 from l3d_pl.targets.frozen import matches_pattern
-from l3d_pl.tucker import Rank, Tucker, TuckerParameters, dense_block, resolve_ranks
+from l3d_pl.tucker import CHUNK, Matrices, Rank, Tucker, TuckerParameters, dense_block, resolve_ranks
 
 # Below this many values the factored form of a parameter costs more calls than it saves multiplications.
 SMALL_PARAMETER = 4096
+# A dense parameter may take so many times the memory of one intermediate result.
+BLOCK_CHUNKS = 8
 
 
 def ranks_per_parameter(
@@ -236,6 +238,7 @@ class Subnetworks(nn.Module):
         ranks: Tucker rank: an int, a fraction, a list per mode, or {pattern: one of these}.
         restarts: R decompositions side by side.
         generator: random state of the start, the same on every process.
+        chunk: values that an intermediate result of a step may have; larger ones are computed in pieces.
 
     Raises:
         L3DError: n_v or restarts below 1, invalid ranks.
@@ -248,6 +251,7 @@ class Subnetworks(nn.Module):
         ranks: Rank | Mapping[str, Rank] = 1,
         restarts: int = 1,
         generator: torch.Generator | None = None,
+        chunk: int = CHUNK,
     ):
         super().__init__()
         if n_subnetworks < 1:
@@ -256,7 +260,7 @@ class Subnetworks(nn.Module):
             raise L3DError(f"restarts: found {restarts}; at least 1 is needed")
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.ranks = ranks_per_parameter(self.shapes, ranks)
-        self.n_subnetworks, self.restarts = n_subnetworks, restarts
+        self.n_subnetworks, self.restarts, self.chunk = n_subnetworks, restarts, chunk
         self.v_out = Directions(self.shapes, self.ranks, restarts * n_subnetworks, generator)
         self.v_out.normalise_()
         self.v_in = Directions(self.shapes, self.ranks, restarts * n_subnetworks, generator)
@@ -265,21 +269,26 @@ class Subnetworks(nn.Module):
     # -- layout -----------------------------------------------------------------------------------------------------
 
     def is_dense(self, name: str, gradient: SampleGradient) -> bool:
-        """Whether a parameter joins the dense block: by a step's number of multiplications, or because it is small."""
-        if not isinstance(gradient, OuterGradient) or len(self.shapes[name]) != 2:
-            return True
+        """Whether a parameter joins the dense block."""
+        return self.path_of(name, gradient)[0] == "dense"
+
+    def path_of(self, name: str, gradient: SampleGradient) -> tuple[str, str]:
+        """How a parameter is contracted, `dense` or `factored`, and why: memory first, then a step's multiplications."""
         size, n, ranks = math.prod(self.shapes[name]), self.v_out.n, self.ranks[name]
+        if not isinstance(gradient, OuterGradient):
+            return "dense", "its gradients are no outer products"
         if size <= SMALL_PARAMETER:
-            return True
-        samples, positions = gradient.outputs.shape[:2]
-        build = n * min(
-            ranks[0] * size + math.prod(ranks) * self.shapes[name][1],
-            ranks[1] * size + math.prod(ranks) * self.shapes[name][0],
-        )
-        dense = samples * positions * size + 2 * build + 3 * samples * n * size
-        per_pair = sum(d * r * r for d, r in zip(self.shapes[name], ranks, strict=True))
-        gram = min(n * n * per_pair, n * n * size + build) * self.restarts // self.restarts**2
-        return dense <= 2 * n * gradient.coefficient_cost(ranks) + gram
+            return "dense", f"small: {size} values"
+        values = (2 * gradient.n_samples + 4 * n) * size  # gradients, residuals, both sides and their gradients
+        if values > self.chunk * BLOCK_CHUNKS:
+            return "factored", f"dense would hold {4 * values / 2**30:.2g} GiB, above the memory budget"
+        b, t, s, rows, columns = gradient.sizes
+        rank = min(ranks[0], math.prod(ranks[1:]))
+        dense = b * t * s * size + 6 * n * rank * size + 5 * gradient.n_samples * n * size
+        gram = self.restarts * min(Matrices.gram_costs(self.n_subnetworks, rows, columns, rank))
+        factored = 2 * n * gradient.contraction_cost(rank) + gram
+        path = "dense" if dense <= factored else "factored"
+        return path, f"{dense / 1e6:.3g} M multiplications dense, {factored / 1e6:.3g} M factored"
 
     def prepare(self, gradients: Mapping[str, SampleGradient]) -> Prepared:
         """Lay out a batch of per-sample gradients for contraction."""

@@ -52,6 +52,106 @@ def resolve_ranks(rank: Rank, shape: Sequence[int], name: str = "parameter") -> 
     return tuple(resolved)
 
 
+# Values that an intermediate result may have at a time, where work can be cut into pieces (64 MiB in float32).
+CHUNK = 2**24
+
+
+class Matrices(NamedTuple):
+    """n tensors of one shape as products of two matrices: `left` [n, rows, R] times `right` [n, R, columns].
+
+    Rows are a parameter's first mode, columns all the others; the core is part of one of the two, whichever gives the
+    smaller R. It is the form in which batches of gradients are contracted: nothing of size rows x columns is needed.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Weighted sums of the tensors, `weights` [m, n] -> [m, rows, columns]."""
+        right = self.right.flatten(0, 1)
+        return torch.stack([(self.left * w.view(-1, 1, 1)).transpose(0, 1).flatten(1) @ right for w in weights])
+
+    def gram(self, other: "Matrices") -> Tensor:
+        """<v_k, w_l>, [n, n_other]."""
+        (n, rows, rank), (m, _, rank2) = self.left.shape, other.left.shape
+        columns = self.right.shape[2]
+        if rank * rank2 * (rows + columns) < rows * columns:  # <L Q, L' Q'> = <L^T L', Q Q'^T>
+            ours, theirs = self.left.mT.reshape(n * rank, rows), other.left.mT.reshape(m * rank2, rows)
+            lefts = (ours @ theirs.mT).view(n, rank, m, rank2)
+            rights = (self.right.flatten(0, 1) @ other.right.flatten(0, 1).mT).view(n, rank, m, rank2)
+            return (lefts * rights).sum((1, 3))
+        block = max(1, CHUNK // (max(n, m) * columns))
+        total = None
+        for i in range(0, rows, block):
+            part = slice(i, i + block)
+            mine = (self.left[:, part] @ self.right).flatten(1)
+            its = mine if other is self else (other.left[:, part] @ other.right).flatten(1)
+            total = mine @ its.mT if total is None else total + mine @ its.mT
+        assert total is not None
+        return total
+
+    def gram_with_gradient(self, weights: Tensor, chunk: int = CHUNK) -> tuple[Tensor, "Matrices"]:
+        """M = <v_k, v_l> [R, n / R, n / R] within each of R equal groups, and the gradient of <weights, M> at both matrices.
+
+        Args:
+            weights: [R, n / R, n / R], symmetric. They need not wait for M: the loss is quadratic in V.
+            chunk: values that an intermediate result may have.
+        """
+        groups, n = weights.shape[:2]
+        rank, rows, columns = self.left.shape[2], self.left.shape[1], self.right.shape[2]
+        gram = torch.empty_like(weights)
+        d = Matrices(torch.empty_like(self.left), torch.empty_like(self.right))
+        for g in range(groups):
+            part = slice(g * n, (g + 1) * n)
+            mine = Matrices(self.left[part], self.right[part])
+            into = Matrices(d.left[part], d.right[part])
+            through_ranks, through_rows = self.gram_costs(n, rows, columns, rank)
+            compute = _gram_through_ranks if through_ranks < through_rows else _gram_through_rows
+            compute(mine, weights[g], gram[g], into, chunk)
+        return gram, d
+
+    @staticmethod
+    def gram_costs(n: int, rows: int, columns: int, rank: int) -> tuple[float, float]:
+        """Multiplications of `gram_with_gradient` in its two ways: through ranks, and through dense rows."""
+        return 2.0 * n * n * rank * rank * (rows + columns), rows * columns * (1.6 * n * n + 3.0 * n * rank)
+
+
+def _gram_through_ranks(v: Matrices, weights: Tensor, gram: Tensor, d: Matrices, chunk: int) -> None:
+    """M_kl = <L_k^T L_l, Q_k Q_l^T>: small where R² (rows + columns) < rows x columns."""
+    n, rows, rank = v.left.shape
+    left, right = v.left.mT.reshape(n * rank, rows), v.right.reshape(n * rank, -1)
+    step = max(1, chunk // (n * rank * rank))
+    for i in range(0, n, step):
+        some = slice(i * rank, (i + step) * rank)
+        lefts, rights = left[some] @ left.mT, right[some] @ right.mT  # [some * R, n * R]
+        gram[i : i + step] = (lefts * rights).view(-1, rank, n, rank).sum((1, 3))
+        scale = (2 * weights[i : i + step]).view(-1, 1, n, 1)
+        d_left = (rights.view(-1, rank, n, rank) * scale).view(-1, n * rank) @ left
+        d.left[i : i + step] = d_left.view(-1, rank, rows).mT
+        d.right[i : i + step] = ((lefts.view(-1, rank, n, rank) * scale).view(-1, n * rank) @ right).view(
+            -1, rank, right.shape[1]
+        )
+
+
+def _gram_through_rows(v: Matrices, weights: Tensor, gram: Tensor, d: Matrices, chunk: int) -> None:
+    """M = V V^T with V dense, some rows of every tensor at a time; its gradient is 2 weights V."""
+    n, rows, _ = v.left.shape
+    columns = v.right.shape[2]
+    gram.zero_()
+    d.right.zero_()
+    twice = 2 * weights
+    step = max(1, chunk // (n * columns))
+    for i in range(0, rows, step):
+        left = v.left[:, i : i + step]
+        dense = torch.bmm(left, v.right).flatten(1)  # [n, some rows * columns]
+        for k in range(0, n, half := -(-n // 4)):  # M is symmetric: five eighths of it are enough
+            gram[k : k + half, k:].addmm_(dense[k : k + half], dense[k:].mT)
+        pushed = (twice @ dense).view(n, -1, columns)
+        d.left[:, i : i + step] = pushed @ v.right.mT
+        d.right.baddbmm_(left.mT, pushed)
+    gram.copy_(gram.triu() + gram.triu(1).mT)
+
+
 class Tucker(NamedTuple):
     """n Tucker tensors of one shape, as tensors: `core` [n, R1, ..., RN] and `factors[m]` [n, I_m, R_m]."""
 
@@ -77,29 +177,32 @@ class Tucker(NamedTuple):
 
     def gram(self, other: "Tucker | None" = None) -> Tensor:
         """Inner products <v_k, w_l> of all tensors with all of `other` (default: with themselves), [n, n_other]."""
-        other = self if other is None else other
-        if self._gram_cost(other) < self.n * other.n * math.prod(self.shape):
-            return self._factored_gram(other)
-        return self.dense().flatten(1) @ other.dense().flatten(1).mT
+        mine = self.matrices()
+        return mine.gram(mine if other is None or other is self else other.matrices())
 
-    def _gram_cost(self, other: "Tucker") -> int:
-        """Multiplications of `_factored_gram` (the dense one takes n n' I1...IN)."""
-        pairs = self.n * other.n
-        small = sum(size * a * b for size, a, b in zip(self.shape, self.ranks, other.ranks, strict=True))
-        return pairs * (small + sum(math.prod(self.ranks) * rank for rank in other.ranks))
+    def matrices(self) -> Matrices:
+        """The tensors as products of two matrices, first mode times all others."""
+        core, factors = self.core, self.factors
+        if len(factors) < 2:
+            return Matrices(self.dense().reshape(self.n, -1, 1), core.new_ones(self.n, 1, 1))
+        if len(factors) == 2 and self.ranks[1] < self.ranks[0]:
+            return Matrices(factors[0] @ core, factors[1].mT)
+        if len(factors) == 2:
+            return Matrices(factors[0], core @ factors[1].mT)
+        return Matrices(factors[0], _mode_products(core, factors[1:], first=1).flatten(2))
 
-    def _factored_gram(self, other: "Tucker") -> Tensor:
-        """<v_k, w_l> = <G_k x1 (U_k1^T W_l1)^T x2 ..., H_l>: from the factors' small Grams, no dense tensor."""
-        tensor = self.core.unsqueeze(1).expand(-1, other.n, *self.ranks)  # [n, n', R1, ..., RN]
-        for mode, (mine, theirs) in enumerate(zip(self.factors, other.factors, strict=True)):
-            small = torch.einsum("kia,lib->klab", mine, theirs)  # [n, n', R_m, R'_m]
-            moved = tensor.movedim(mode + 2, -1)
-            rest = moved.shape[2:-1]
-            tensor = (moved.flatten(2, -2) if rest else moved.unsqueeze(2)) @ small
-            tensor = tensor.unflatten(2, rest).movedim(-1, mode + 2) if rest else tensor.squeeze(2)
-        return torch.einsum(
-            "klr,lr->kl", tensor.flatten(2) if self.ranks else tensor[..., None], other.core.reshape(other.n, -1)
-        )
+    def matrices_backward(self, d: Matrices) -> list[Tensor]:
+        """From the gradient at `matrices` (of two modes or more) to those of (core, *factors)."""
+        core, factors = self.core, self.factors
+        if len(factors) == 2 and self.ranks[1] < self.ranks[0]:
+            return [factors[0].mT @ d.left, d.left @ core.mT, d.right.mT]
+        if len(factors) == 2:
+            return [d.right @ factors[1], d.left, d.right.mT @ core]
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in (core, *factors[1:])]
+            right = _mode_products(leaves[0], leaves[1:], first=1)
+        d_core, *rest = torch.autograd.grad(right, leaves, d.right.reshape(right.shape))
+        return [d_core, d.left, *rest]
 
     def squared_norms(self) -> Tensor:
         """‖v_k‖² of each tensor, [n], from the small Grams U^T U of its own factors."""
@@ -155,10 +258,10 @@ def unflatten(modes: Sequence[int], flat: Sequence[Tensor]) -> list[Tucker]:
     return tuckers
 
 
-def _mode_products(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """G x1 U1 ... xN UN for any number of modes, [n, I1, ..., IN]."""
+def _mode_products(core: Tensor, factors: Sequence[Tensor], first: int = 0) -> Tensor:
+    """G x1 U1 ... xN UN for any number of modes, [n, I1, ..., IN]; factors of the modes from `first` on."""
     tensor = core
-    for mode, factor in enumerate(factors):
+    for mode, factor in enumerate(factors, first):
         n, done = tensor.shape[0], tensor.shape[1 : mode + 1]
         moved = torch.einsum("napr,nip->nair", tensor.reshape(n, math.prod(done), factor.shape[2], -1), factor)
         tensor = moved.reshape(n, *done, factor.shape[1], *tensor.shape[mode + 2 :])

@@ -1,6 +1,7 @@
 """Plain and slow versions of what the library computes, written without it, and inputs to compare the two on."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -79,14 +80,22 @@ def random_tucker(n: int, shape: tuple[int, ...], ranks: tuple[int, ...], dtype:
 
 
 def random_gradient(
-    kind: str, n: int, shape: tuple[int, ...], positions: int = 1, dtype: torch.dtype = torch.float64
+    kind: str, n: int, shape: tuple[int, ...], positions: int = 1, dtype: torch.dtype = torch.float64, tokens: int = 1
 ) -> SampleGradient:
-    """Random gradients of a parameter of `shape`: `dense`, `outer`, or `transposed` (outer, of columns x rows)."""
+    """Random gradients of a parameter of `shape`, of n groups of `tokens` samples.
+
+    Kinds: `dense`; `outer` (rows: the first mode); of matrices also `transposed` (stored as columns x rows) and
+    `one_hot` (rows of an embedding, looked up by integers).
+    """
     if kind == "dense":
-        return DenseGradient(torch.randn(n, *shape, dtype=dtype))
-    outputs, inputs = shape if kind == "outer" else shape[::-1]
-    sides = torch.randn(n, positions, outputs, dtype=dtype), torch.randn(n, positions, inputs, dtype=dtype)
-    return OuterGradient(*sides, shape, kind == "transposed")
+        return DenseGradient(torch.randn(n * tokens, *shape, dtype=dtype))
+    is_transposed = kind != "outer"
+    rows, columns = (shape[1], shape[0]) if is_transposed else (shape[0], math.prod(shape[1:]))
+    outputs = torch.randn(n, tokens, positions, rows, dtype=dtype)
+    inputs = torch.randn(n, positions, columns, dtype=dtype)
+    if kind == "one_hot":
+        inputs = torch.randint(0, columns, (n, positions))
+    return OuterGradient(outputs, inputs, shape, is_transposed)
 
 
 # How a batch is laid out for contraction: which parameters join the dense block, the others stay factored.
@@ -100,15 +109,20 @@ LAYOUTS: dict[str, Callable[[str], bool]] = {
 def decomposition_problem(
     layout: str, restarts: int = 1, samples: int = 7, dtype: torch.dtype = torch.float64, n_subnetworks: int = 5
 ) -> tuple[Subnetworks, dict[str, SampleGradient]]:
-    """Subnetworks with V_in != V_out, and gradients: two matrices; also a vector and 4 modes where some are dense."""
-    shapes: dict[str, tuple[int, ...]] = {"a.weight": (6, 4), "b.weight": (3, 5)}
+    """Subnetworks with V_in != V_out, and gradients: matrices, 4 modes, an embedding; also a vector where some are dense.
+
+    Of tokens where `samples` is even: two for each group.
+    """
+    shapes: dict[str, tuple[int, ...]] = {"a.weight": (6, 4), "b.weight": (3, 5), "conv": (2, 3, 2, 2), "e": (7, 3)}
+    tokens = 2 if samples % 2 == 0 else 1
+    kinds = {"a.weight": "outer", "b.weight": "transposed", "conv": "outer", "e": "one_hot"}
     gradients = {
-        "a.weight": random_gradient("outer", samples, (6, 4), 3, dtype),
-        "b.weight": random_gradient("transposed", samples, (3, 5), 2, dtype),
+        name: random_gradient(kind, samples // tokens, shapes[name], positions, dtype, tokens)
+        for positions, (name, kind) in enumerate(kinds.items(), 1)
     }
     if layout != "factored":
-        shapes |= {"a.bias": (6,), "conv": (2, 3, 2, 2)}
-        gradients |= {name: random_gradient("dense", samples, shapes[name], dtype=dtype) for name in ("a.bias", "conv")}
+        shapes["a.bias"] = (6,)
+        gradients["a.bias"] = random_gradient("dense", samples, shapes["a.bias"], dtype=dtype)
     subnetworks = Subnetworks(shapes, n_subnetworks, 2, restarts, torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():
         for parameter in subnetworks.v_in.parameters():

@@ -6,15 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from oracles import assert_same, autograd_loop, dense_tucker, random_gradient, random_tucker
+from oracles import assert_same, autograd_loop
 from torch import Tensor, nn
 
 from l3d_pl import L3DError, per_sample_gradients
-from l3d_pl.gradients import DenseGradient, GradientExtractor, OuterGradient, concatenate
+from l3d_pl.gradients import GradientExtractor
 from l3d_pl.gradients.functional import loop_gradients, vmap_gradients
-from l3d_pl.gradients.sample_gradient import add
 from l3d_pl.targets.frozen import fingerprint, freeze, select_parameters
 from l3d_pl.targets.toy import MLP, Autoencoder, TiedAutoencoder
 
@@ -306,76 +303,3 @@ def test_generator_makes_references_reproducible(reference: str) -> None:
     first, again, other = (extractor(x, torch.Generator().manual_seed(seed)).references for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-
-
-# -- the two representations --------------------------------------------------
-
-
-@given(
-    kind=st.sampled_from(["dense", "outer", "transposed"]),
-    n=st.integers(1, 5),
-    positions=st.integers(1, 4),
-    shape=st.tuples(st.integers(1, 6), st.integers(1, 6)),
-    ranks=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    n_v=st.integers(1, 4),
-)
-def test_representations_equal_their_dense_form(
-    kind: str, n: int, positions: int, shape: tuple[int, int], ranks: tuple[int, int], n_v: int
-) -> None:
-    gradient, tucker = random_gradient(kind, n, shape, positions), random_tucker(n_v, shape, ranks)
-    if isinstance(gradient, OuterGradient):
-        left, right = (
-            (gradient.inputs, gradient.outputs) if kind == "transposed" else (gradient.outputs, gradient.inputs)
-        )
-        dense = sum(left[:, s, :, None] * right[:, s, None, :] for s in range(positions))
-        assert isinstance(dense, Tensor)
-    else:
-        dense = gradient.dense()
-    flat, weights, index = dense.reshape(n, -1), torch.randn(3, n).double(), torch.randint(0, n, (4,))
-    assert gradient.shape == shape
-    assert gradient.n_samples == n
-    assert_same(gradient.dense(), dense)
-    assert_same(gradient.squared_norms(), flat.square().sum(1))
-    assert_same(gradient.gram(), flat @ flat.T)
-    assert_same(gradient.combine(weights), torch.einsum("mn,nij->mij", weights, dense))
-    assert_same(gradient.select(index).dense(), dense[index])
-    assert_same(gradient.transposed().dense(), dense.mT)
-    assert_same(gradient.coefficients(tucker), torch.einsum("nij,kij->nk", dense, dense_tucker(tucker)))
-    assert gradient.to(torch.float32).dense().dtype == torch.float32
-
-
-def test_dense_gradients_of_any_number_of_modes() -> None:
-    for shape, ranks in (((), ()), ((5,), (1,)), ((2, 3, 4), (2, 1, 3)), ((2, 3, 2, 2), (1, 2, 2, 1))):
-        gradient, tucker = random_gradient("dense", N, shape), random_tucker(3, shape, ranks)
-        flat = gradient.dense().reshape(N, -1)
-        assert_same(gradient.squared_norms(), (flat @ flat.T).diagonal())
-        assert_same(gradient.combine(torch.eye(N).double()), gradient.dense())
-        if shape:
-            assert_same(gradient.coefficients(tucker), flat @ dense_tucker(tucker).reshape(3, -1).T)
-
-
-@pytest.mark.parametrize(
-    "kinds",
-    [("outer", "outer"), ("outer", "transposed"), ("transposed", "outer"), ("outer", "dense"), ("dense", "transposed")],
-)
-def test_sums_and_concatenations(kinds: tuple[str, str]) -> None:
-    first, second = (random_gradient(kind, N, (3, 5), positions) for kind, positions in zip(kinds, (2, 3), strict=True))
-    assert_same(add(first, second).dense(), first.dense() + second.dense())
-    assert isinstance(add(first, second), DenseGradient if "dense" in kinds else OuterGradient)
-    for parts in ([first, first.select(torch.tensor([0, 2]))], [first, second]):
-        assert_same(concatenate(parts).dense(), torch.cat([part.dense() for part in parts]))
-
-
-def test_contraction_backward_equals_autograd() -> None:
-    for kind in ("outer", "transposed"):
-        gradient, tucker = random_gradient(kind, N, (3, 5), 2), random_tucker(4, (3, 5), (2, 3))
-        assert isinstance(gradient, OuterGradient)
-        leaves = [tensor.requires_grad_() for tensor in (tucker.core, *tucker.factors)]
-        d = torch.randn(N, 4).double()
-        dense = torch.einsum("nij,kpq,kip,kjq->nk", gradient.dense(), *leaves)
-        expected = torch.autograd.grad(dense, leaves, d)
-        with torch.no_grad():
-            found, saved = gradient.contract(tucker)
-            assert_same(found, dense.detach())
-            for mine, theirs in zip(gradient.contract_backward(tucker, saved, d), expected, strict=True):
-                assert_same(mine, theirs)

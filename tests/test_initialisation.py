@@ -23,7 +23,7 @@ def planted(n_lines: int, samples: int, seed: int = 0) -> tuple[dict[str, Sample
     line = torch.arange(samples) % n_lines
     size = (0.5 + torch.rand(samples, generator=random)) * torch.randn(samples, generator=random).sign()
     outputs, inputs = left[line] * size[:, None], right[line]
-    gradients = {"w": OuterGradient(outputs[:, None], inputs[:, None], (6, 5)), "b": DenseGradient(outputs)}
+    gradients = {"w": OuterGradient(outputs[:, None, None], inputs[:, None], (6, 5)), "b": DenseGradient(outputs)}
     lines = torch.cat([(left[:, :, None] * right[:, None]).flatten(1), left], 1)
     return gradients, torch.nn.functional.normalize(lines, dim=1)
 

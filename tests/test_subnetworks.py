@@ -117,7 +117,7 @@ def test_samples_in_the_span_are_reconstructed_when_v_in_inverts_v_out(
     a, b = (codes @ basis).split([12, 10], 1)
     sides = [(a.view(-1, 4, 3), torch.eye(3)), (b.view(-1, 2, 5), torch.eye(5))]
     gradients = {
-        name: OuterGradient(g.mT.contiguous(), eye.double().expand(samples, -1, -1), tuple(g.shape[1:]))
+        name: OuterGradient(g.mT.contiguous().unsqueeze(1), eye.double().expand(samples, -1, -1), tuple(g.shape[1:]))
         for name, (g, eye) in zip("ab", sides, strict=True)
     }
     prepared = subnetworks.prepare(gradients)
@@ -158,7 +158,7 @@ def test_a_small_loss_is_accurate_in_float32_on_the_factored_path() -> None:
     parts = zip("ab", ((4, 3), (2, 5)), g.split([12, 10], 1), strict=True)
     gradients = {
         name: OuterGradient(
-            part.view(-1, *shape).mT.float().contiguous(), torch.eye(shape[1]).expand(samples, -1, -1), shape
+            part.view(-1, 1, *shape).mT.float().contiguous(), torch.eye(shape[1]).expand(samples, -1, -1), shape
         )
         for name, shape, part in parts
     }

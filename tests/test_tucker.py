@@ -12,7 +12,7 @@ from oracles import assert_same, dense_tucker, random_tucker
 from tensorly.tucker_tensor import tucker_to_tensor
 
 from l3d_pl import L3DError
-from l3d_pl.tucker import TuckerParameters, dense_block, flatten, resolve_ranks, truncate, unflatten
+from l3d_pl.tucker import Matrices, TuckerParameters, dense_block, flatten, resolve_ranks, truncate, unflatten
 
 # (shape, ranks): 0 to 4 modes, ranks equal and unequal, one of full rank
 SHAPES: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
@@ -43,21 +43,42 @@ def test_inner_products_equal_the_dense_ones(shape: tuple[int, ...], ranks: tupl
     tucker, other = random_tucker(4, shape, ranks), random_tucker(2, shape, tuple(max(1, rank - 1) for rank in ranks))
     mine, theirs = tucker.dense().reshape(4, -1), other.dense().reshape(2, -1)
     assert_same(tucker.squared_norms(), mine.square().sum(1))
-    for gram in (tucker.gram(), tucker._factored_gram(tucker)):
-        assert_same(gram, mine @ mine.T)
-    for gram in (tucker.gram(other), tucker._factored_gram(other)):
-        assert_same(gram, mine @ theirs.T)
+    assert_same(tucker.gram(), mine @ mine.T)
+    assert_same(tucker.gram(other), mine @ theirs.T)
+    matrices, weights = tucker.matrices(), torch.randn(3, 4).double()
+    assert_same((matrices.left @ matrices.right).reshape(4, -1), mine)
+    assert_same(matrices.combine(weights).reshape(3, -1), weights @ mine)
 
 
-def test_gram_takes_the_cheaper_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[tuple[int, ...]] = []
-    original = type(random_tucker(1, (2,), (1,)))._factored_gram
-    monkeypatch.setattr("l3d_pl.tucker.Tucker._factored_gram", lambda a, b: taken.append(a.ranks) or original(a, b))
+@pytest.mark.parametrize("way", ["_gram_through_ranks", "_gram_through_rows"])
+@pytest.mark.parametrize("chunk", [1, 100, 2**20])
+@pytest.mark.parametrize(("shape", "ranks"), [(shape, ranks) for shape, ranks in SHAPES if len(shape) > 1])
+def test_gram_with_gradient(
+    shape: tuple[int, ...], ranks: tuple[int, ...], chunk: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = (0.0, 1.0) if way == "_gram_through_ranks" else (1.0, 0.0)
+    monkeypatch.setattr(Matrices, "gram_costs", staticmethod(lambda *sizes: costs))
+    tucker, weights = random_tucker(6, shape, ranks), torch.randn(2, 3, 3).double()
+    weights = weights + weights.mT
+    leaves = [tensor.requires_grad_() for tensor in (tucker.core, *tucker.factors)]
+    rows = dense_tucker(tucker).reshape(2, 3, -1)
+    expected = rows @ rows.mT
+    d = torch.autograd.grad(expected, leaves, weights)
+    with torch.no_grad():
+        gram, d_matrices = tucker.matrices().gram_with_gradient(weights, chunk)
+        assert_same(gram, expected)
+        for mine, theirs in zip(tucker.matrices_backward(d_matrices), d, strict=True):
+            assert_same(mine, theirs)
+
+
+def test_gram_takes_the_cheaper_way() -> None:
+    through_ranks, through_rows = Matrices.gram_costs(1000, 2048, 2048, 4)
+    assert through_ranks < through_rows
+    through_ranks, through_rows = Matrices.gram_costs(100, 256, 256, 25)
+    assert through_ranks > through_rows
     for ranks in ((1, 1), (20, 20)):
-        tucker = random_tucker(3, (30, 40), ranks)
-        dense = tucker.dense().flatten(1)
+        dense = (tucker := random_tucker(3, (30, 40), ranks)).dense().flatten(1)
         assert_same(tucker.gram(), dense @ dense.T)
-    assert taken == [(1, 1)]
 
 
 @pytest.mark.parametrize(("shape", "ranks"), SHAPES)

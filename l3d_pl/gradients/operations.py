@@ -72,7 +72,7 @@ def outer(n: int, inputs: Tensor, shape: tuple[int, ...], is_transposed: bool) -
         return None
 
     def finish(d: Tensor) -> SampleGradient:
-        return OuterGradient(d.reshape(n, -1, d.shape[-1]), rows, shape, is_transposed)
+        return OuterGradient(d.reshape(n, 1, -1, d.shape[-1]), rows, shape, is_transposed)
 
     return finish
 
@@ -95,7 +95,7 @@ def matmul(operand: Tensor, n: int, input: Tensor, other: Tensor) -> Finish | No
     if operand is other and other.ndim == 1 and (rows := per_position(input, n)) is not None:
         return lambda d: DenseGradient((d.reshape(n, -1, 1) * rows).sum(1))
     if operand is input and input.ndim == 2 and other.ndim == 3 and other.shape[0] == n:
-        return lambda d: OuterGradient(d.mT, other.mT, tuple(operand.shape))
+        return lambda d: OuterGradient(d.mT.unsqueeze(1), other.mT, tuple(operand.shape))
     return None
 
 

@@ -4,8 +4,8 @@ A gradient of sample i with respect to a parameter is never needed by itself: on
 (c = V_in g), with other samples, its norm, and weighted sums of samples. Two representations offer them:
 
 - `DenseGradient`: the tensor [N, *shape]. Right for small parameters (biases, norms, toys).
-- `OuterGradient`: a matrix G_i = sum_s D_is A_is^T, kept as its two sides. Right for weight matrices, where D (gradient
-  at the operation's output) and A (its input) are far smaller than G.
+- `OuterGradient`: a matrix G_i = sum_s D_is A_s^T, kept as its two sides. Right for weight matrices, where D (gradient
+  at the operation's output) and A (its input) are far smaller than G. Token samples of one sequence share their A.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot, pad
 
-from l3d_pl.tucker import Tucker
+from l3d_pl.tucker import CHUNK, Matrices, Tucker
 
 
 class SampleGradient:
@@ -103,109 +104,255 @@ class DenseGradient(SampleGradient):
 
 @dataclass(frozen=True)
 class OuterGradient(SampleGradient):
-    """G_i = sum_s D_is A_is^T for the matrix view (rows, columns) of a parameter.
+    """G_i = sum_s D_is A_s^T for the matrix view of a parameter: rows are its first mode, columns all the others.
+
+    Samples come in B groups of T that share their inputs: the T token samples of a sequence. T is 1 where a sample is
+    an item of its own. Sample (b, t) is number b * T + t.
 
     Attributes:
-        outputs: D, gradient at the operation's output, [N, S, rows] (S: positions; 1 for a plain feature vector).
-        inputs: A, the operation's input, [N, S, columns].
+        outputs: D, gradient at the operation's output, [B, T, S, rows] (S: positions; 1 for a plain feature vector).
+        inputs: A, the operation's input, [B, S, columns]; or integers [B, S], for rows of the identity (an embedding).
         shape: the parameter's shape; rows x columns values, in that order unless `is_transposed`.
-        is_transposed: the parameter is stored as (columns, rows), as in x @ W.
+        is_transposed: the parameter is a matrix stored as (columns, rows), as in x @ W.
+        index: the samples that count among the B * T, [N]; None: all of them.
     """
 
     outputs: Tensor
     inputs: Tensor
     shape: tuple[int, ...]
     is_transposed: bool = False
+    index: Tensor | None = None
 
     @property
     def n_samples(self) -> int:
-        return self.outputs.shape[0]
+        return self.outputs.shape[0] * self.outputs.shape[1] if self.index is None else len(self.index)
 
     @property
-    def sides(self) -> tuple[Tensor, Tensor]:
-        """Left and right side: the parameter's gradient is sum_s left_s right_s^T."""
-        return (self.inputs, self.outputs) if self.is_transposed else (self.outputs, self.inputs)
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """B, T, S, rows, columns."""
+        rows = self.outputs.shape[3]
+        return *self.outputs.shape[:3], rows, math.prod(self.shape) // rows  # type: ignore[return-value]
+
+    @property
+    def is_one_hot(self) -> bool:
+        return not self.inputs.is_floating_point()
+
+    def _inputs(self) -> Tensor:
+        """A as numbers, [B, S, columns]."""
+        return one_hot(self.inputs, self.sizes[4]).to(self.outputs) if self.is_one_hot else self.inputs
+
+    def _pick(self, values: Tensor) -> Tensor:
+        """[B, T, ...] -> [N, ...]."""
+        flat = values.flatten(0, 1)
+        return flat if self.index is None else flat[self.index]
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """[N, ...] -> [B, T, ...]; the inverse, with zeros for the samples that do not count."""
+        b, t = self.outputs.shape[:2]
+        if self.index is not None:
+            values = values.new_zeros(b * t, *values.shape[1:]).index_copy(0, self.index, values)
+        return values.reshape(b, t, *values.shape[1:])
+
+    def _rows(self, part: slice = slice(None)) -> Tensor:
+        """These rows of every G, [N, rows, columns]."""
+        return self._pick(self.outputs[..., part].mT @ self._inputs().unsqueeze(1))
 
     def dense(self) -> Tensor:
-        left, right = self.sides
-        return (left.mT @ right).reshape(self.n_samples, *self.shape)
+        g = self._rows()
+        return (g.mT if self.is_transposed else g).reshape(self.n_samples, *self.shape)
 
     def squared_norms(self) -> Tensor:
-        left, right = self.sides
-        if left.shape[1] == 1:
-            return left.square().sum((1, 2)) * right.square().sum((1, 2))
-        return ((left @ left.mT) * (right @ right.mT)).sum((1, 2))  # "ghost norm": sum_ss' (D_s.D_s')(A_s.A_s')
+        b, t, s, rows, columns = self.sizes
+        if s == 1:
+            norms = 1 if self.is_one_hot else self.inputs.square().sum((1, 2)).unsqueeze(1)
+            return self._pick(self.outputs.square().sum((2, 3)) * norms)
+        if s * (rows + columns / t) < rows * columns:  # "ghost norm": sum_ss' (D_s.D_s')(A_s.A_s')
+            chunk = max(1, CHUNK // (t * s * s))
+            parts = [
+                ((d @ d.mT) * _products(a).unsqueeze(1)).sum((2, 3))
+                for d, a in zip(self.outputs.split(chunk), self.inputs.split(chunk), strict=True)
+            ]
+            return self._pick(torch.cat(parts))
+        block = max(1, CHUNK // (b * t * columns))
+        return sum(self._rows(slice(i, i + block)).square().sum((1, 2)) for i in range(0, rows, block))  # type: ignore[return-value]
 
     def coefficients(self, tucker: Tucker) -> Tensor:
-        """sum_s D_s . (V_k A_s): both sides through the factor matrices first, so that only [N, S, n, R] exists."""
-        if len(tucker.factors) != 2:
-            return DenseGradient(self.dense()).coefficients(tucker)
-        return self.contract(tucker)[0]
+        return self.contract(tucker.matrices())[0]
 
-    def contract(self, tucker: Tucker) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """`coefficients` [N, n], and what `contract_backward` needs of the way there."""
-        left, right = self.sides
-        u_left, u_right = tucker.factors  # [n, rows, R1], [n, columns, R2]
-        a = torch.einsum("bsi,kiq->bskq", right, u_right)
-        b = torch.einsum("bso,kop->bskp", left, u_left)
-        pushed = torch.einsum("bskq,kpq->bskp", a, tucker.core)
-        return (pushed * b).sum((1, 3)), (a, b, pushed)
+    def contract(self, matrices: Matrices, chunk: int = CHUNK) -> tuple[Tensor, list[Tensor]]:
+        """<g_i, v_k> = sum_s D_is . (V_k A_s), [N, n], and what `contract_backward` needs of the way there.
 
-    def contract_backward(self, tucker: Tucker, saved: tuple[Tensor, Tensor, Tensor], d: Tensor) -> list[Tensor]:
-        """Gradients of <d, coefficients> ([N, n] each) with respect to the core and the two factors."""
-        left, right = self.sides
-        a, b, pushed = saved
-        d = d[:, None, :, None]
-        d_pushed = d * b
-        d_core = torch.einsum("bskp,bskq->kpq", d_pushed, a)
-        d_left = torch.einsum("bso,bskp->kop", left, d * pushed)
-        d_right = torch.einsum("bsi,bskq->kiq", right, torch.einsum("bskp,kpq->bskq", d_pushed, tucker.core))
-        return [d_core, d_left, d_right]
+        With one sample per group both sides go through the factors, and only [B, S, n, R] exists. Where samples share
+        their inputs, V_k A_s is formed once for all of them. Both happen for so many subnetworks at a time that an
+        intermediate result has `chunk` values at most.
+        """
+        b, t, s, rows, _ = self.sizes
+        out_side, in_side = self._oriented(matrices)  # [n, rows, R], [n, R, columns]
+        n, rank = in_side.shape[:2]
+        parts, saved = [], []
+        if t == 1:
+            for part in (slices := _slices(n, 2 * b * s * rank, chunk)):
+                saved = [self._inputs_through(in_side[part]), self._outputs_through(out_side[part])]
+                parts.append((saved[0] * saved[1]).view(b, 1, s, -1, rank).sum((2, 4)))
+            return self._pick(torch.cat(parts, 2)), saved if len(slices) == 1 else []
+        outputs, a = self.outputs.reshape(b, t, s * rows), self._inputs_through(in_side)
+        for part in _slices(n, b * s * rows, chunk):
+            pushed = torch.bmm(a[:, part].transpose(0, 1), out_side[part].mT)  # V_k A_s, [n, B * S, rows]
+            parts.append(torch.bmm(outputs, pushed.view(-1, b, s * rows).permute(1, 2, 0)))
+        return self._pick(torch.cat(parts, 2)), [a]
 
-    def coefficient_cost(self, ranks: Sequence[int]) -> int:
-        """Multiplications per subnetwork of `coefficients`."""
-        left, right = self.sides
-        samples = left.shape[0] * left.shape[1]
-        return samples * (left.shape[2] * ranks[0] + right.shape[2] * ranks[1] + math.prod(ranks))
+    def contract_backward(self, matrices: Matrices, saved: list[Tensor], d: Tensor, chunk: int = CHUNK) -> Matrices:
+        """Gradients of <d, coefficients> ([N, n] each) with respect to the two matrices."""
+        b, t, s, rows, columns = self.sizes
+        out_side, in_side = self._oriented(matrices)
+        n, rank = in_side.shape[:2]
+        d = self._spread(d)  # [B, T, n]
+        d_out, d_in = torch.empty_like(out_side), torch.empty_like(in_side)
+        if t == 1:
+            for part in _slices(n, 2 * b * s * rank, chunk):
+                a, c = saved or (self._inputs_through(in_side[part]), self._outputs_through(out_side[part]))
+                weights = d[:, :, part].expand(b, s, -1).reshape(b * s, -1, 1)
+                through = self.outputs.reshape(b * s, rows).mT @ (weights * a).flatten(1)
+                d_out[part] = through.view(rows, -1, rank).transpose(0, 1)
+                d_in[part] = self._back_to_inputs(weights * c)
+        else:
+            outputs, a = self.outputs.reshape(b, t, s * rows), saved[0]
+            d_a = torch.empty_like(a)
+            for part in _slices(n, b * s * rows, chunk):
+                weights = d[:, :, part].mT
+                d_pushed = a.new_empty(weights.shape[1], b, s * rows)
+                torch.bmm(weights, outputs, out=d_pushed.transpose(0, 1))
+                d_pushed = d_pushed.view(-1, b * s, rows)
+                torch.bmm(d_pushed, out_side[part], out=d_a[:, part].transpose(0, 1))
+                torch.bmm(d_pushed.mT, a[:, part].transpose(0, 1), out=d_out[part])
+            d_in = self._back_to_inputs(d_a)
+        return Matrices(d_in.mT, d_out.mT) if self.is_transposed else Matrices(d_out, d_in)
+
+    def _inputs_through(self, in_side: Tensor) -> Tensor:
+        """A through [n, R, columns]: [B * S, n, R]."""
+        if self.is_one_hot:
+            return in_side.permute(2, 0, 1)[self.inputs.flatten()]
+        n, rank, columns = in_side.shape
+        return (self.inputs.reshape(-1, columns) @ in_side.reshape(n * rank, columns).mT).view(-1, n, rank)
+
+    def _outputs_through(self, out_side: Tensor) -> Tensor:
+        """D, of one sample per group, through [n, rows, R]: [B * S, n, R]."""
+        n, rows, rank = out_side.shape
+        through = self.outputs.reshape(-1, rows) @ out_side.transpose(0, 1).reshape(rows, n * rank)
+        return through.view(-1, n, rank)
+
+    def _back_to_inputs(self, d_a: Tensor) -> Tensor:
+        """The gradient at in_side [n, R, columns] from that at `_inputs_through`'s result [B * S, n, R]."""
+        columns, shape = self.sizes[4], d_a.shape[1:]
+        if self.is_one_hot:
+            return d_a.new_zeros(columns, *shape).index_add_(0, self.inputs.flatten(), d_a).permute(1, 2, 0)
+        return (d_a.flatten(1).mT @ self.inputs.reshape(-1, columns)).view(*shape, columns)
+
+    def _oriented(self, matrices: Matrices) -> tuple[Tensor, Tensor]:
+        """The matrices as out_side [n, rows, R] and in_side [n, R, columns] of this gradient's own view."""
+        return (matrices.right.mT, matrices.left.mT) if self.is_transposed else matrices
+
+    def contraction_cost(self, rank: int) -> int:
+        """Multiplications per subnetwork of `contract` and `contract_backward` together."""
+        b, t, s, rows, columns = self.sizes
+        per_position = rank * ((0 if self.is_one_hot else 2 * columns) + (2 if t == 1 else 3) * rows)
+        return b * s * (per_position + (0 if t == 1 else 2 * t * rows))
 
     def gram(self) -> Tensor:
-        left, right = self.sides
-        n, s = left.shape[:2]
-        left, right = left.reshape(n * s, -1), right.reshape(n * s, -1)
-        products = (left @ left.mT) * (right @ right.mT)
-        return products.reshape(n, s, n, s).sum((1, 3)) if s > 1 else products
+        b, t, s, rows, columns = self.sizes
+        if t == 1 and s * s * (rows + columns) <= rows * columns and (b * s) ** 2 <= CHUNK:
+            d = self.outputs.reshape(b * s, rows)
+            a = self.inputs.reshape(1, b * s, *self.inputs.shape[2:])
+            products = ((d @ d.mT) * _products(a)[0]).view(b, s, b, s)
+            products = products.sum((1, 3)) if s > 1 else products[:, 0, :, 0]
+            return products if self.index is None else products[self.index][:, self.index]
+        total = self.outputs.new_zeros(self.n_samples, self.n_samples)
+        block = max(1, CHUNK // (b * t * columns))
+        for i in range(0, rows, block):
+            g = self._rows(slice(i, i + block)).flatten(1)
+            total.addmm_(g, g.mT)
+        return total
 
     def combine(self, weights: Tensor) -> Tensor:
-        left, right = self.sides
-        weighted = torch.einsum("mn,nso->mnso", weights, left).flatten(1, 2)  # [m, N * S, rows]
-        return (weighted.mT @ right.flatten(0, 1)).reshape(-1, *self.shape)
+        b, t, s, rows, columns = self.sizes
+        spread = self._spread(weights.mT)  # [B, T, m]
+        d = torch.bmm(spread.mT, self.outputs.reshape(b, t, s * rows)).view(b, -1, s, rows)
+        d = d.permute(1, 3, 0, 2).reshape(-1, rows, b * s)  # [m, rows, B * S]
+        if self.is_one_hot:
+            g = d.new_zeros(*d.shape[:2], columns).index_add_(2, self.inputs.flatten(), d)
+        else:
+            g = d @ self.inputs.reshape(b * s, columns)
+        return (g.mT if self.is_transposed else g).reshape(-1, *self.shape)
 
     def select(self, index: Tensor) -> OuterGradient:
-        return replace(self, outputs=self.outputs[index], inputs=self.inputs[index])
+        index = index.to(self.outputs.device)
+        index = index if self.index is None else self.index[index]
+        t = self.outputs.shape[1]
+        if t == 1:
+            return replace(self, outputs=self.outputs[index], inputs=self.inputs[index], index=None)
+        groups, place = (index // t).unique(return_inverse=True)  # groups without a sample are left out
+        return replace(self, outputs=self.outputs[groups], inputs=self.inputs[groups], index=place * t + index % t)
 
     def transposed(self) -> OuterGradient:
         return replace(self, shape=self.shape[::-1], is_transposed=not self.is_transposed)
 
     def to(self, dtype: torch.dtype) -> OuterGradient:
-        return replace(self, outputs=self.outputs.to(dtype), inputs=self.inputs.to(dtype))
+        inputs = self.inputs if self.is_one_hot else self.inputs.to(dtype)
+        return replace(self, outputs=self.outputs.to(dtype), inputs=inputs)
+
+
+def _products(inputs: Tensor) -> Tensor:
+    """A_s . A_s' within each group, [B, S, S]."""
+    if inputs.is_floating_point():
+        return inputs @ inputs.mT
+    return (inputs.unsqueeze(2) == inputs.unsqueeze(1)).float()
+
+
+def _slices(n: int, size: int, chunk: int) -> list[slice]:
+    """0 ... n in slices whose members, of `size` values each, have at most `chunk` values together."""
+    step = max(1, chunk // size)
+    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
 def add(first: SampleGradient, second: SampleGradient) -> SampleGradient:
-    """Gradient of a parameter that is used twice: contributions add up (outer products by joining their positions)."""
+    """Gradient of a parameter that is used twice: contributions add up (outer products by joining their positions).
+
+    Both are of the same samples, in groups of one (the token samples of a sequence are stacked afterwards).
+    """
     if isinstance(first, OuterGradient) and isinstance(second, OuterGradient) and first.shape == second.shape:
-        if first.is_transposed == second.is_transposed:
-            sides = (second.outputs, second.inputs)
-        else:  # D A^T + A' D'^T: the other use's sides change places
-            sides = (second.inputs, second.outputs)
-        outputs, inputs = torch.cat([first.outputs, sides[0]], 1), torch.cat([first.inputs, sides[1]], 1)
-        return replace(first, outputs=outputs, inputs=inputs)
+        outputs, inputs = second.outputs, second.inputs
+        if first.is_transposed != second.is_transposed and not second.is_one_hot:
+            outputs, inputs = inputs.unsqueeze(1), outputs.squeeze(1)  # D A^T + A' D'^T: its sides change places
+        is_same = first.is_transposed == second.is_transposed or not second.is_one_hot
+        if is_same and first.is_one_hot == (not inputs.is_floating_point()):
+            return replace(
+                first, outputs=torch.cat([first.outputs, outputs], 2), inputs=torch.cat([first.inputs, inputs], 1)
+            )
     return DenseGradient(first.dense() + second.dense())
+
+
+def stack(parts: Sequence[SampleGradient]) -> SampleGradient:
+    """T samples for each group, from T gradients with one sample per group each (the tokens of the same sequences)."""
+    outers = [part for part in parts if isinstance(part, OuterGradient)]
+    if len(outers) == len(parts):
+        return replace(outers[0], outputs=torch.cat([part.outputs for part in outers], 1))
+    return DenseGradient(torch.stack([part.dense() for part in parts], 1).flatten(0, 1))
 
 
 def concatenate(parts: Sequence[SampleGradient]) -> SampleGradient:
     """The samples of all `parts`, in order (gradients of one parameter from several batches)."""
     outers = [part for part in parts if isinstance(part, OuterGradient)]
-    if len(outers) == len(parts) and len({part.inputs.shape[1] for part in outers}) == 1:  # as many positions in each
-        outputs, inputs = torch.cat([part.outputs for part in outers]), torch.cat([part.inputs for part in outers])
-        return replace(outers[0], outputs=outputs, inputs=inputs)
-    return DenseGradient(torch.cat([part.dense() for part in parts]))
+    if len(outers) < len(parts):
+        return DenseGradient(torch.cat([part.dense() for part in parts]))
+    t, s = (max(part.outputs.shape[dim] for part in outers) for dim in (1, 2))
+    outputs, inputs, index, start = [], [], [], 0
+    for part in outers:
+        b, own_t, own_s = part.outputs.shape[:3]
+        outputs.append(pad(part.outputs, (0, 0, 0, s - own_s, 0, t - own_t)))
+        inputs.append(pad(part.inputs, (0, s - own_s) if part.is_one_hot else (0, 0, 0, s - own_s)))
+        counted = torch.arange(b * own_t, device=part.outputs.device) if part.index is None else part.index
+        index.append(start + counted // own_t * t + counted % own_t)
+        start += b * t
+    joined = torch.cat(index)
+    is_full = len(joined) == start and all(part.index is None for part in outers)
+    return replace(outers[0], outputs=torch.cat(outputs), inputs=torch.cat(inputs), index=None if is_full else joined)
