@@ -119,6 +119,7 @@ class EpochSampler(DistributedSampler[Tensor]):
         self.batch_size = batch_size
         self.endless = endless
         self.batches_given = 0
+        self._ordered: tuple[int, Tensor] | None = None  # the latest epoch asked for, and its order
         self._bounds = self._shard(batch_size * world_size)
 
     def _shard(self, global_size: int) -> list[tuple[int, int]]:
@@ -145,18 +146,21 @@ class EpochSampler(DistributedSampler[Tensor]):
             return torch.randperm(self.n_rows, generator=generator("order", self.seed, epoch))
         return torch.arange(self.n_rows)
 
+    def rows(self, number: int) -> Tensor:
+        """This rank's row numbers in batch `number` of the stream, int64 [rows]."""
+        epoch, batch = divmod(number, len(self))
+        if self._ordered is None or self._ordered[0] != epoch:
+            self._ordered = epoch, self.order(epoch)
+        start, stop = self._bounds[batch]
+        return self._ordered[1][start:stop]
+
     def __iter__(self) -> Iterator[Tensor]:
         # A generator runs nothing before its first `next`: Lightning makes iterators that it never uses.
         if not (self.shuffle or self.endless):
             self.batches_given = 0
-        ordered: tuple[int, Tensor] | None = None
         for _ in range(len(self)):
-            epoch, batch = divmod(self.batches_given, len(self))
-            if ordered is None or ordered[0] != epoch:
-                ordered = epoch, self.order(epoch)
             self.batches_given += 1
-            start, stop = self._bounds[batch]
-            yield ordered[1][start:stop]
+            yield self.rows(self.batches_given - 1)
 
     def set_epoch(self, epoch: int) -> None:
         """Put a stream that has given nothing yet to the beginning of an epoch; otherwise do nothing.
