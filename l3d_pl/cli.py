@@ -1,6 +1,7 @@
 """`l3d`: the command line.
 
     l3d fit|validate|test --config CONFIG [--model.k 0.2 ...]   LightningCLI on the L3D module
+    l3d params --config CONFIG [--model.ranks 0.2 ...]          what a fit would decompose: sizes, ranks, memory, paths
     l3d target --config CONFIG [--output FILE]                  train a target model
     l3d score DIR                                               ground-truth table of a finished toy run
     l3d report DIR                                              pictures and page of a finished run
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.argv = sys.argv[:1]  # LightningCLI is given its arguments, and warns when sys.argv holds some too
     commands: dict[str, Callable[[list[str]], None]] = dict.fromkeys(LIGHTNING_COMMANDS, lightning_command)
     commands |= {
+        "params": params_command,
         "target": target_command,
         "score": score_command,
         "report": report_command,
@@ -177,6 +179,12 @@ def run(args: Sequence[str]) -> Any:
     return L3DCLI(resolve_configs(args))
 
 
+def params_command(args: list[str]) -> None:
+    from l3d_pl.lightning_cli import ParamsCLI
+
+    ParamsCLI(resolve_configs(args))
+
+
 def target_command(args: list[str]) -> None:
     from l3d_pl.lightning_cli import train_target
 
@@ -215,18 +223,26 @@ def report_command(args: list[str]) -> None:
     print(write_report(Path(parser.parse_args(args).dir)))
 
 
+# What `l3d demo` runs, one after the other, and what makes it short there: four minutes in all on two cores.
+DEMO: dict[str, list[str]] = {
+    "tms": [],
+    "digits_cnn": ["--trainer.max_epochs", "20"],
+    "pydoc_lm": ["--trainer.max_epochs", "null", "--trainer.max_steps", "200"],
+}
+
+
 def demo_command(args: list[str]) -> None:
-    """TMS and the digits CNN from nothing: targets, decompositions, tables, pages."""
+    """A toy, a convolutional network and a language model from nothing: targets, decompositions, tables, pages."""
     from l3d_pl.report import print_summary
 
-    parser = OneLineParser(prog="l3d demo", description="Decompose TMS and the digits CNN.")
+    parser = OneLineParser(prog="l3d demo", description=f"Short decompositions of {', '.join(DEMO)}.")
     parser.add_argument("--root", default="runs", help="where the runs go")
     root = Path(parser.parse_args(args).root)
     finished = []
-    for name in ("tms", "digits_cnn"):
+    for name, short in DEMO.items():
         start = time.perf_counter()
         os.environ["L3D_QUIET_SUMMARY"] = "1"
-        run(["fit", "--config", name, "--trainer.default_root_dir", str(root / name)])
+        run(["fit", "--config", name, *short, "--trainer.default_root_dir", str(root / name)])
         finished.append((root / name, time.perf_counter() - start))
     os.environ.pop("L3D_QUIET_SUMMARY", None)
     for folder, seconds in finished:

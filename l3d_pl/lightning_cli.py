@@ -16,7 +16,7 @@ import lightning as L
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, instantiate_class
 
 from l3d_pl.callbacks import (
     AtomicCheckpointIO,
@@ -137,6 +137,15 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def missing_target(model: Any) -> str | None:
+    """The file or directory that a model's config takes its target's weights from, where it is not there.
+
+    That is `target_weights`, or else the `pretrained` of its target.
+    """
+    place = model.target_weights or (getattr(model.target, "init_args", None) or {}).get("pretrained")
+    return None if place is None or Path(place).exists() else place
+
+
 class L3DCLI(LightningCLI):
     """`l3d fit|validate|test`."""
 
@@ -178,12 +187,12 @@ class L3DCLI(LightningCLI):
         set_threads(config.threads)
         if self.subcommand == "fit":
             require_writable("trainer.default_root_dir", Path(config.trainer.default_root_dir))
-        weights, recipe = config.model.target_weights, config.model.target_config
-        if weights and recipe and not Path(weights).is_file():
+        missing, recipe = missing_target(config.model), config.model.target_config
+        if missing and recipe:
             from l3d_pl.cli import find_config, print_target
 
-            print(f"target {weights} is not there: training it with {recipe}", flush=True)
-            print_target(train_target(["--config", find_config(recipe)], weights))
+            print(f"target {missing} is not there: training it with {recipe}", flush=True)
+            print_target(train_target(["--config", find_config(recipe)], missing))
             self._set_seed()  # the target's training has set its own
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -226,6 +235,42 @@ class L3DCLI(LightningCLI):
             return
         kwargs = self._prepare_subcommand_kwargs(subcommand)
         self.fit(**kwargs)
+
+
+class ParamsCLI(L3DCLI):
+    """`l3d params`: the arguments of `l3d fit` for a table instead of a fit; nothing is trained, nothing written."""
+
+    def __init__(self, args: Sequence[str]):
+        self.notes: list[str] = []
+        super().__init__(["fit", *args])
+
+    def before_instantiate_classes(self) -> None:
+        """A target that is still to be trained is looked at with random weights."""
+        config = self.config["fit"]
+        set_threads(config.threads)
+        missing, recipe = missing_target(config.model), config.model.target_config
+        if missing and recipe:
+            from l3d_pl.cli import find_config
+
+            untrained = yaml.safe_load(Path(find_config(recipe)).read_text())["model"]["model"]
+            config.model.target = instantiate_class((), {"init_args": {}, **untrained})
+            config.model.target_weights = None
+            self.notes = [f"target {missing} is not there yet: this is an untrained one of {recipe}"]
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:  # type: ignore[override]
+        """There is nothing to run, so no logger is opened either."""
+
+    def after_instantiate_classes(self) -> None:
+        """No run, no configuration to keep with it."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        from l3d_pl.params import first_batch, print_params
+
+        data = self.config["fit"].data
+        batch, notes = None, ["no data are given: paths are left open"]
+        if self.datamodule is not None:
+            batch, notes = first_batch(self.model, self.datamodule, vars(data.init_args))
+        print_params(self.model, batch, self.notes + notes)
 
 
 class TargetCLI(LightningCLI):
