@@ -13,6 +13,7 @@ V_out codes:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ class _Side:
         return total
 
     def backward(
-        self, d_block: Tensor | None, d_coefficients: Tensor, more: list[Matrices] | None = None
+        self, d_block: Tensor | None, d_coefficients: Tensor, more: Sequence[Matrices] | None = None
     ) -> list[Tensor]:
         """Gradients of every (core, *factors), from those at the block [n, w] and the factored coefficients [N, n].
 

@@ -91,7 +91,7 @@ class Matrices(NamedTuple):
         return total
 
     def gram_with_gradient(self, weights: Tensor, chunk: int = CHUNK) -> tuple[Tensor, "Matrices"]:
-        """M = <v_k, v_l> [R, n / R, n / R] within each of R equal groups, and the gradient of <weights, M> at both matrices.
+        """M = <v_k, v_l> within each of R equal groups, [R, n / R, n / R], and the gradient of <weights, M>.
 
         Args:
             weights: [R, n / R, n / R], symmetric. They need not wait for M: the loss is quadratic in V.

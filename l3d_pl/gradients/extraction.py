@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,10 @@ from l3d_pl.divergence import DivergenceLike, make_divergence, make_references
 from l3d_pl.errors import L3DError, require_choice
 from l3d_pl.gradients.capture import Capture
 from l3d_pl.gradients.forward import batch_size, call_model, inputs_of, slice_inputs, tensors_of
-from l3d_pl.gradients.functional import loop_gradients, oracle_gradients
-from l3d_pl.gradients.sample_gradient import DenseGradient, SampleGradient
+from l3d_pl.gradients.functional import oracle_gradients, sample_gradient
+from l3d_pl.gradients.sample_gradient import DenseGradient, SampleGradient, wide
+from l3d_pl.gradients.samples import SAMPLES, Samples, TokenPasses, choose_samples
 from l3d_pl.targets.frozen import select_parameters
-
-SAMPLES = ("item",)
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,22 @@ class Extraction:
 
     Attributes:
         gradients: {parameter name: gradients of N samples}.
-        outputs: the frozen model's outputs [N, ...], detached.
+        outputs: each sample's own output of the frozen model, [N, ...], detached; of a sequence NaN where it is masked.
         references: the reference outputs [N, ...].
+        samples: which entries of the batch's outputs they are.
     """
 
     gradients: dict[str, SampleGradient]
     outputs: Tensor
     references: Tensor
+    samples: Samples
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.references)
+
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class GradientExtractor:
@@ -42,7 +51,9 @@ class GradientExtractor:
         parameters: {name: tensor} of the chosen ones, the model's own tensors (see `select_parameters`).
         divergence: `mse`, `kl`, a `Divergence`, or any callable (output, reference) -> [N].
         reference: where y_r comes from: `random`, `mean`, `uniform`, `contrastive`.
-        sample: what a sample is; `item`: an entry of the batch's first dimension.
+        sample: what a sample is: `item`, `token` or `sequence` (see samples.py).
+        tokens_per_sequence: of token samples, so many of each sequence, drawn anew for each batch; None: all.
+        autocast: compute the frozen model's pass in `bf16` or `fp16`; gradients are float32 all the same.
     """
 
     def __init__(
@@ -52,9 +63,20 @@ class GradientExtractor:
         divergence: DivergenceLike = "mse",
         reference: str = "random",
         sample: str = "item",
+        tokens_per_sequence: int | None = None,
+        autocast: str | None = None,
     ):
         require_choice("sample", sample, SAMPLES)
+        if autocast is not None:
+            require_choice("autocast", autocast, AUTOCAST)
+        if tokens_per_sequence is not None and (sample != "token" or tokens_per_sequence < 1):
+            raise L3DError(
+                f"tokens_per_sequence: found {tokens_per_sequence} with sample '{sample}'; "
+                "allowed are whole numbers >= 1 with sample 'token'"
+            )
         self.model, self.parameters = model, dict(parameters)
+        self.sample, self.tokens_per_sequence, self.autocast = sample, tokens_per_sequence, autocast
+        self._passes = TokenPasses()
         self.divergence, self.reference = make_divergence(divergence), reference
         self.oracle_parameters: dict[str, str] = {}  # name -> the operation that has no rule
         self._copy_operands = False
@@ -62,8 +84,14 @@ class GradientExtractor:
 
     @torch.no_grad()
     def outputs(self, batch: Any) -> Tensor:
-        """The frozen model's outputs [N, ...] alone."""
-        return call_model(self.model, inputs_of(batch))
+        """The frozen model's outputs [B, ...] alone."""
+        with self._precision(batch):
+            return call_model(self.model, inputs_of(batch))
+
+    def _precision(self, batch: Any) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(tensors_of(inputs_of(batch))[0].device.type, AUTOCAST[self.autocast])
 
     def __call__(
         self, batch: Any, generator: torch.Generator | None = None, references: Tensor | None = None
@@ -79,11 +107,13 @@ class GradientExtractor:
             L3DError: a first batch that the target model cannot take, such as inputs of the wrong width.
         """
         inputs = inputs_of(batch)
+        first = tensors_of(inputs)[:1]
+        positions = first[0].shape[1] if self.sample == "token" and first and first[0].ndim > 1 else 0
         captured = {name: tensor for name, tensor in self.parameters.items() if name not in self.oracle_parameters}
-        capture = Capture(self.model, captured, batch_size(inputs), self._copy_operands)
+        capture = Capture(self.model, captured, batch_size(inputs), self._copy_operands, positions=positions)
         with torch.inference_mode(False), torch.enable_grad():
             try:
-                with capture:
+                with capture, self._precision(batch):
                     output = call_model(self.model, inputs)
             except RuntimeError:
                 if not self._has_run:
@@ -93,12 +123,19 @@ class GradientExtractor:
             if capture.operands_changed() and not self._copy_operands:
                 self._copy_operands = True  # this model changes activations in place after their use: keep copies
                 return self(batch, generator, references)
-            outputs = output.detach()
+            samples = choose_samples(self.sample, batch, output, self.tokens_per_sequence, generator)
+            outputs = samples.outputs(wide(output.detach()))
             if references is None:
-                references = make_references(self.reference, outputs, self.divergence, generator, self._contrast(batch))
-            gradients: dict[str, SampleGradient] = {}
-            if capture.edges:
-                gradients = capture.gradients(output, self.divergence.gradient(outputs, references))
+                contrast = self._contrast(batch, samples)
+                references = make_references(self.reference, outputs, self.divergence, generator, contrast)
+            elif len(references) == 1:
+                references = references.expand_as(outputs)
+            at_outputs = self.divergence.gradient(*samples.comparable(outputs, references))
+            cotangent = samples.cotangent(at_outputs, output).to(output.dtype)
+            if samples.positions is None:
+                gradients = capture.gradients(output, cotangent)
+            else:
+                gradients = self._passes.gradients(capture, output, cotangent, samples)
         missing = {
             name: capture.uncaptured.get(name, "never used directly") for name in captured if name not in gradients
         }
@@ -106,9 +143,9 @@ class GradientExtractor:
             self._send_to_oracle(missing)
         if self.oracle_parameters:
             chosen = {name: self.parameters[name] for name in self.oracle_parameters}
-            dense = oracle_gradients(self.model, chosen, batch, references, self.divergence)
-            gradients |= {name: DenseGradient(value.detach()) for name, value in dense.items()}
-        return Extraction({name: gradients[name] for name in self.parameters}, outputs, references)
+            dense = oracle_gradients(self.model, chosen, batch, references, self.divergence, samples)
+            gradients |= {name: DenseGradient(wide(value.detach())) for name, value in dense.items()}
+        return Extraction({name: gradients[name] for name in self.parameters}, outputs, references, samples)
 
     def _require_fitting(self, inputs: Any) -> None:
         """Raise an `L3DError` where the target model fails on `inputs` by itself, without `Capture` around it."""
@@ -121,10 +158,10 @@ class GradientExtractor:
                 f"target model {type(self.model).__name__}: it cannot take inputs of shape {shapes}: {reason}"
             ) from error
 
-    def _contrast(self, batch: Any) -> Tensor | None:
+    def _contrast(self, batch: Any, samples: Samples) -> Tensor | None:
         if self.reference != "contrastive" or not isinstance(batch, Mapping) or "contrast" not in batch:
             return None
-        return self.outputs(batch["contrast"])
+        return samples.outputs(wide(self.outputs(batch["contrast"])))
 
     def _send_to_oracle(self, missing: dict[str, str]) -> None:
         self.oracle_parameters |= missing
@@ -141,16 +178,17 @@ class GradientExtractor:
         Raises:
             L3DError: a parameter whose captured gradient differs, by name.
         """
-        inputs = slice_inputs(inputs_of(batch), slice(index, index + 1))
-        references = extraction.references[index : index + 1]
+        samples, references = extraction.samples, extraction.references
         try:
-            alone = loop_gradients(self.model, self.parameters, (inputs,), references, self.divergence)
+            alone = sample_gradient(self.model, self.parameters, batch, references, self.divergence, samples, index)
         except RuntimeError:  # autograd itself refuses models that change an operand in place after its use
-            captured = self((inputs,), references=references).gradients
-            alone = {name: gradient.dense() for name, gradient in captured.items()}
+            entry, _ = samples.alone(index)
+            single = (slice_inputs(inputs_of(batch), slice(entry, entry + 1)),)
+            captured = self(single, references=references[index : index + 1]).gradients
+            alone = {name: gradient.dense()[0] for name, gradient in captured.items()}
         scale = sum(float(value.double().square().sum()) for value in alone.values()) ** 0.5
         for name, expected in alone.items():
-            found = extraction.gradients[name].select(torch.tensor([index])).dense()
+            found = extraction.gradients[name].select(torch.tensor([index])).dense()[0]
             error = float((found - expected).double().norm())
             if error > tolerance * max(scale, 1e-12):
                 raise L3DError(
@@ -177,7 +215,7 @@ def per_sample_gradients(
         divergence: `mse`, `kl` (on logits), or a callable (output, reference) -> [N].
         reference: `random`, `mean`, `uniform`, `contrastive`, or the reference outputs themselves, [N, ...].
         parameters: globs, or regular expressions after `re:`, over the model's parameter names.
-        sample: `item`, an entry of the batch's first dimension.
+        sample: `item`, an entry of the batch's first dimension; `token`, a position; `sequence` (see samples.py).
         generator: random state for random and uniform references.
 
     Returns:

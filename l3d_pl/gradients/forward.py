@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from l3d_pl.errors import L3DError
 
 # Entries of a mapping batch that are never arguments of the target model.
-NOT_INPUTS = ("labels", "label", "contrast")
+NOT_INPUTS = ("labels", "label", "contrast", "sample_mask")
 
 
 def inputs_of(batch: Any) -> Any:
@@ -17,7 +17,7 @@ def inputs_of(batch: Any) -> Any:
 
     - a tensor: itself;
     - a tuple or list: its first entry (the others are labels and the like);
-    - a mapping: its entry `inputs` if it has one, else all entries but `labels` and `contrast`, as keyword arguments.
+    - a mapping: its entry `inputs` if it has one, else all entries but those in `NOT_INPUTS`, as keyword arguments.
     """
     if isinstance(batch, Mapping):
         return batch["inputs"] if "inputs" in batch else {key: batch[key] for key in batch if key not in NOT_INPUTS}

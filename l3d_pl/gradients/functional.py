@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l3d_pl.gradients.forward import batch_size, call_model, inputs_of, slice_inputs
+from l3d_pl.gradients.forward import call_model, inputs_of, slice_inputs
+from l3d_pl.gradients.samples import Samples
 
+ITEMS = Samples()
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -45,46 +47,90 @@ def _call_with(
 
 
 def vmap_gradients(
-    model: nn.Module, parameters: Mapping[str, Tensor], batch: Any, references: Tensor, divergence: Divergence
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    batch: Any,
+    references: Tensor,
+    divergence: Divergence,
+    samples: Samples = ITEMS,
 ) -> dict[str, Tensor]:
     """`torch.func.vmap(grad)` of the divergence: {name: [N, *shape]}.
 
-    Raises whatever torch raises for models that vmap cannot run (see `loop_gradients`).
+    Raises whatever torch raises for models that vmap cannot run (see `loop_gradients`), and for masked sequences.
     """
+    if samples.mask is not None:
+        raise NotImplementedError("sequences with positions that do not count")
     wrapped = _Forward(model)
 
-    def sample_divergence(values: dict[str, Tensor], sample: Any, reference: Tensor) -> Tensor:
+    def sample_divergence(values: dict[str, Tensor], sample: Any, reference: Tensor, position: Tensor | None) -> Tensor:
         sample = slice_inputs(sample, None)  # type: ignore[arg-type]  # tensor[None]: a batch of one
         output = _call_with(wrapped, parameters, values, sample)
+        output = output if position is None else output.index_select(1, position).squeeze(1)
         return divergence(output, reference.unsqueeze(0)).sum()
 
-    inputs = slice_inputs(inputs_of(batch), slice(None))
-    return torch.func.vmap(torch.func.grad(sample_divergence), in_dims=(None, 0, 0))(
-        dict(parameters), inputs, references
+    inputs, positions = inputs_of(batch), None
+    if samples.positions is not None:
+        t = samples.positions.shape[1]
+        flat = torch.arange(samples.positions.numel()) if samples.index is None else samples.index
+        inputs, positions = slice_inputs(inputs, flat // t), samples.positions.flatten()[flat].unsqueeze(1)
+    inputs = slice_inputs(inputs, slice(None))
+    in_dims = (None, 0, 0, None if positions is None else 0)
+    return torch.func.vmap(torch.func.grad(sample_divergence), in_dims=in_dims)(
+        dict(parameters), inputs, references, positions
     )
 
 
 def loop_gradients(
-    model: nn.Module, parameters: Mapping[str, Tensor], batch: Any, references: Tensor, divergence: Divergence
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    batch: Any,
+    references: Tensor,
+    divergence: Divergence,
+    samples: Samples = ITEMS,
 ) -> dict[str, Tensor]:
     """The same with a plain autograd loop over samples, each run alone through the model: works for every model."""
-    wrapped, inputs = _Forward(model), inputs_of(batch)
+    return _stacked([
+        sample_gradient(model, parameters, batch, references, divergence, samples, i) for i in range(len(references))
+    ])  # fmt: skip
+
+
+def sample_gradient(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    batch: Any,
+    references: Tensor,
+    divergence: Divergence,
+    samples: Samples,
+    index: int,
+) -> dict[str, Tensor]:
+    """The gradient of sample `index` alone, by plain autograd: {name: [*shape]}.
+
+    `references` [N, ...] are those of all samples of the batch.
+    """
+    entry, alone = samples.alone(index)
     values = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    rows = []
-    for i in range(batch_size(inputs)):
-        with torch.enable_grad():
-            output = _call_with(wrapped, parameters, values, slice_inputs(inputs, slice(i, i + 1)))
-            loss = divergence(output, references[i : i + 1]).sum()
-        grads = torch.autograd.grad(loss, list(values.values()), allow_unused=True, materialize_grads=True)
-        rows.append(grads)
-    return {name: torch.stack(column) for name, column in zip(values, zip(*rows, strict=True), strict=True)}
+    with torch.enable_grad():
+        inputs = slice_inputs(inputs_of(batch), slice(entry, entry + 1))
+        output = alone.outputs(_call_with(_Forward(model), parameters, values, inputs))
+        loss = divergence(*alone.comparable(output, references[index : index + 1])).sum()
+    grads = torch.autograd.grad(loss, list(values.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(values, grads, strict=True))
+
+
+def _stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def oracle_gradients(
-    model: nn.Module, parameters: Mapping[str, Tensor], batch: Any, references: Tensor, divergence: Divergence
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    batch: Any,
+    references: Tensor,
+    divergence: Divergence,
+    samples: Samples = ITEMS,
 ) -> dict[str, Tensor]:
     """{name: [N, *shape]} by `vmap_gradients`, or by `loop_gradients` where vmap cannot run the model."""
     try:
-        return vmap_gradients(model, parameters, batch, references, divergence)
+        return vmap_gradients(model, parameters, batch, references, divergence, samples)
     except (RuntimeError, NotImplementedError, ValueError):  # data-dependent control flow, in-place writes, ...
-        return loop_gradients(model, parameters, batch, references, divergence)
+        return loop_gradients(model, parameters, batch, references, divergence, samples)

@@ -131,7 +131,7 @@ class OuterGradient(SampleGradient):
     def sizes(self) -> tuple[int, int, int, int, int]:
         """B, T, S, rows, columns."""
         rows = self.outputs.shape[3]
-        return *self.outputs.shape[:3], rows, math.prod(self.shape) // rows  # type: ignore[return-value]
+        return *self.outputs.shape[:3], rows, math.prod(self.shape) // rows
 
     @property
     def is_one_hot(self) -> bool:
@@ -203,7 +203,7 @@ class OuterGradient(SampleGradient):
 
     def contract_backward(self, matrices: Matrices, saved: list[Tensor], d: Tensor, chunk: int = CHUNK) -> Matrices:
         """Gradients of <d, coefficients> ([N, n] each) with respect to the two matrices."""
-        b, t, s, rows, columns = self.sizes
+        b, t, s, rows, _ = self.sizes
         out_side, in_side = self._oriented(matrices)
         n, rank = in_side.shape[:2]
         d = self._spread(d)  # [B, T, n]
@@ -293,12 +293,30 @@ class OuterGradient(SampleGradient):
         groups, place = (index // t).unique(return_inverse=True)  # groups without a sample are left out
         return replace(self, outputs=self.outputs[groups], inputs=self.inputs[groups], index=place * t + index % t)
 
+    def ungrouped(self) -> OuterGradient:
+        """The same samples in groups of one, each with its own copy of the inputs."""
+        t = self.outputs.shape[1]
+        if t == 1:
+            return self
+        outputs = self._pick(self.outputs).unsqueeze(1)
+        return replace(
+            self,
+            outputs=outputs,
+            inputs=self._pick(self.inputs.repeat_interleave(t, 0).unflatten(0, (-1, t))),
+            index=None,
+        )
+
     def transposed(self) -> OuterGradient:
         return replace(self, shape=self.shape[::-1], is_transposed=not self.is_transposed)
 
     def to(self, dtype: torch.dtype) -> OuterGradient:
         inputs = self.inputs if self.is_one_hot else self.inputs.to(dtype)
         return replace(self, outputs=self.outputs.to(dtype), inputs=inputs)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Half precision as float32, in which everything after the frozen model is computed."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _products(inputs: Tensor) -> Tensor:
@@ -315,28 +333,30 @@ def _slices(n: int, size: int, chunk: int) -> list[slice]:
 
 
 def add(first: SampleGradient, second: SampleGradient) -> SampleGradient:
-    """Gradient of a parameter that is used twice: contributions add up (outer products by joining their positions).
-
-    Both are of the same samples, in groups of one (the token samples of a sequence are stacked afterwards).
-    """
-    if isinstance(first, OuterGradient) and isinstance(second, OuterGradient) and first.shape == second.shape:
-        outputs, inputs = second.outputs, second.inputs
-        if first.is_transposed != second.is_transposed and not second.is_one_hot:
-            outputs, inputs = inputs.unsqueeze(1), outputs.squeeze(1)  # D A^T + A' D'^T: its sides change places
-        is_same = first.is_transposed == second.is_transposed or not second.is_one_hot
-        if is_same and first.is_one_hot == (not inputs.is_floating_point()):
-            return replace(
-                first, outputs=torch.cat([first.outputs, outputs], 2), inputs=torch.cat([first.inputs, inputs], 1)
-            )
-    return DenseGradient(first.dense() + second.dense())
+    """Gradient of a parameter that is used twice: contributions add up (outer products by joining their positions)."""
+    if not isinstance(first, OuterGradient) or not isinstance(second, OuterGradient):
+        return DenseGradient(first.dense() + second.dense())
+    is_swapped = first.is_transposed != second.is_transposed  # D A^T + A' D'^T: one has to change its sides
+    if first.is_one_hot != second.is_one_hot or (is_swapped and second.is_one_hot):  # sides that cannot be joined
+        return DenseGradient(first.dense() + second.dense())
+    if is_swapped or first.outputs.shape[1] != second.outputs.shape[1]:  # groups share inputs, and these need not
+        first, second = first.ungrouped(), second.ungrouped()
+    outputs, inputs = second.outputs, second.inputs
+    if is_swapped:
+        outputs, inputs = inputs.unsqueeze(1), outputs.squeeze(1)
+    return replace(first, outputs=torch.cat([first.outputs, outputs], 2), inputs=torch.cat([first.inputs, inputs], 1))
 
 
 def stack(parts: Sequence[SampleGradient]) -> SampleGradient:
     """T samples for each group, from T gradients with one sample per group each (the tokens of the same sequences)."""
     outers = [part for part in parts if isinstance(part, OuterGradient)]
-    if len(outers) == len(parts):
-        return replace(outers[0], outputs=torch.cat([part.outputs for part in outers], 1))
-    return DenseGradient(torch.stack([part.dense() for part in parts], 1).flatten(0, 1))
+    if len(outers) < len(parts):
+        return DenseGradient(torch.stack([part.dense() for part in parts], 1).flatten(0, 1))
+    first = outers[0]
+    if all(part.inputs.data_ptr() == first.inputs.data_ptr() or part.inputs.equal(first.inputs) for part in outers):
+        return replace(first, outputs=torch.cat([part.outputs for part in outers], 1))
+    outputs = torch.stack([part.outputs for part in outers], 1).flatten(0, 1)
+    return replace(first, outputs=outputs, inputs=torch.stack([part.inputs for part in outers], 1).flatten(0, 1))
 
 
 def concatenate(parts: Sequence[SampleGradient]) -> SampleGradient:
