@@ -12,7 +12,7 @@ there on, and nothing below the first chosen parameter is differentiated.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any
 
@@ -265,7 +265,7 @@ class Capture(TorchFunctionMode):
         rows: dict[int, Tensor] = {}
         for operand in operands:
             is_once = sum(tensor is operand.tensor for tensor in tensors) == 1
-            is_written = inplace and operand.tensor is args[0]
+            is_written = inplace and (operand.tensor is args[0] or _whole(args[0]) is None)
             finish = find(name, operand.tensor, self.n, data, named_data) if is_once and not is_written else None
             if finish is not None:
                 found.append(Use(operand, finish, len(self.edges), others))
@@ -275,7 +275,7 @@ class Capture(TorchFunctionMode):
                 self.uncaptured.update(dict.fromkeys(operand.parameters, name))
         if rows:
             args, kwargs = tree_map_only(Tensor, lambda arg: rows.get(id(arg), arg), (args, kwargs))
-            found = [Use(use.tracked, use.finish, len(self.edges), use.operands) for use in found]
+            found = [replace(use, edge=len(self.edges)) for use in found]
         output = func(*args, **kwargs)
         if not found:
             return output
@@ -285,8 +285,11 @@ class Capture(TorchFunctionMode):
             # A clone, because the model may change its own tensor in place, which a leaf forbids. (An in-place
             # operation must keep its tensor: there the graph enters by adding zeros.)
             output = output.add_(leaf) if inplace else leaf.clone()
-        self.edges.append(get_gradient_edge(output))
-        self.uses += found
+        whole = _whole(output)
+        if whole is None:
+            whole = output = output.clone()
+        self.edges.append(get_gradient_edge(whole))
+        self.uses += found if whole is output else [replace(use, finish=_viewed(use.finish, output)) for use in found]
         return output
 
     def _enter(self, operand: Tracked) -> Tensor:
@@ -351,6 +354,22 @@ def operations_without_rule(model: nn.Module, parameters: Mapping[str, Tensor], 
 
 def is_inplace(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
+
+
+def _whole(tensor: Tensor) -> Tensor | None:
+    """The tensor that `tensor` is a view of, if one is as good as the other; itself if it is no view.
+
+    Writing into a view makes its base a function of what was written, and leaves the view's own past without gradient.
+    """
+    base = tensor._base
+    if base is None:
+        return tensor
+    return base if base.numel() == tensor.numel() and base.is_contiguous() and tensor.is_contiguous() else None
+
+
+def _viewed(finish: Finish, output: Tensor) -> Finish:
+    shape = output.shape
+    return lambda d: finish(d.reshape(shape))
 
 
 def _version(tensor: Tensor) -> int:
