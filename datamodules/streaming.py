@@ -1,39 +1,54 @@
-"""What data from files has in common: loaders whose workers change nothing, and stores that are written once.
+"""What data from files has in common: stores that are written once, streams, and loaders whose workers change nothing.
 
 A loader hands out numbered batches: batch i is a pure function of (seed, i), read by whichever worker process is next.
-So the state of a loader is the number of batches that it has given, no matter how far its workers have read ahead.
+So where a loader stands is the number of batches that it has given, no matter how far its workers have read ahead.
 """
 
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from huggingface_hub.constants import HF_HOME
+from rich.progress import track
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from datamodules.loading import Batch, EpochSampler
+from datamodules.loading import Batch, EpochSampler, InMemoryData, generator, require_at_least, require_choice
+from datamodules.records import BadRecord, BadRecords, Files, Record, Source, Unfit, find_files
+
+# ---------------------------------------------------------------- loaders
 
 
-class Place(Protocol):
-    """Where a training loader stands: its state, which Lightning keeps in the checkpoint."""
+@dataclass
+class Given:
+    """A batch, and what the main process has to know of how a worker came by it.
 
-    batches_given: int
+    Args:
+        batch: this rank's rows.
+        bookmark: from where a stream can be read on behind this batch.
+        bad: bad records met on the way; every rank and worker meets the same ones.
+        bad_here: those met in this rank's rows only.
+        n_read: records that the worker has read.
+    """
 
-    def __len__(self) -> int: ...
-    def set_epoch(self, epoch: int) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    batch: Batch
+    bookmark: dict[str, Any] | None = None
+    bad: list[BadRecord] = field(default_factory=list)
+    bad_here: list[BadRecord] = field(default_factory=list)
+    n_read: int = 0
 
 
 class NumberedBatches(Protocol):
     """This rank's batches by their number; a worker asks for ascending numbers."""
 
-    def batch(self, number: int) -> Batch: ...
+    def batch(self, number: int) -> Given: ...
 
 
 class IndexedBatches:
@@ -43,12 +58,12 @@ class IndexedBatches:
         self.dataset = dataset
         self.sampler = sampler
 
-    def batch(self, number: int) -> Batch:
-        return self.dataset[self.sampler.rows(number)]  # type: ignore[index]
+    def batch(self, number: int) -> Given:
+        return Given(self.dataset[self.sampler.rows(number)])
 
 
-class _WorkersShare(IterableDataset[Batch]):
-    """Every n-th batch, in one of n workers: in turn, which is how a DataLoader asks them, they are all of them."""
+class _WorkersShare(IterableDataset[Given]):
+    """Every n-th batch, in one of n workers: taken in turn, as a DataLoader takes them, they are all of them."""
 
     def __init__(self, batches: NumberedBatches, numbers: range) -> None:
         self.batches = batches
@@ -56,52 +71,54 @@ class _WorkersShare(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        share = self.numbers if worker is None else self.numbers[worker.id :: worker.num_workers]
         try:
-            for number in share:
+            for number in self.numbers if worker is None else self.numbers[worker.id :: worker.num_workers]:
                 yield self.batches.batch(number)
         except ValueError as error:  # raised in the main process, or torch would make twenty lines of it
             yield error
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _as_it_is(given: Any) -> Any:
+    return given
 
 
 class NumberedLoader:
-    """A loader with a length that goes on exactly where `sampler` says, with any number of workers.
+    """A loader with a length that goes on exactly where `sampler` stands, with any number of workers.
 
     Workers live on from epoch to epoch and read ahead across the border. A loader that is not `endless`, for
     validation, starts at batch 0 every time.
 
     Args:
         batches: what is read.
-        sampler: where the loader stands; it counts here.
+        sampler: where the loader stands (an `EpochSampler` or a `StreamPlace`); it is counted on.
         num_workers: worker processes; 0 reads in this process.
         prefetch: batches that each worker reads ahead.
         endless: for training.
+        bad: where bad records of a stream are counted.
     """
 
     def __init__(
         self,
         batches: NumberedBatches,
-        sampler: Place,
+        sampler: "EpochSampler | StreamPlace",
         *,
         num_workers: int = 0,
         prefetch: int = 2,
         endless: bool = True,
+        bad: BadRecords | None = None,
     ) -> None:
         self.batches = batches
         self.sampler = sampler
         self.num_workers = num_workers
         self.prefetch = prefetch
         self.endless = endless
-        self._stream: Iterator[Any] | None = None
+        self.bad = BadRecords(0.0, 0) if bad is None else bad
+        self._stream: Iterator[Given] | None = None
 
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def _read(self, numbers: range) -> Iterator[Any]:
+    def _read(self, numbers: range) -> Iterator[Given]:
         loader: DataLoader[Any] = DataLoader(
             _WorkersShare(self.batches, numbers),
             batch_size=None,
@@ -110,32 +127,206 @@ class NumberedLoader:
             prefetch_factor=self.prefetch if self.num_workers else None,
             generator=torch.Generator(),  # torch draws a seed for workers, and would take it from the global state
         )
-        for batch in loader:
-            if isinstance(batch, ValueError):
-                raise batch
-            yield batch
+        for given in loader:
+            if isinstance(given, ValueError):
+                raise given
+            yield given
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.endless:
-            yield from self._read(range(len(self)))
+            for given in self._read(range(len(self))):
+                yield given.batch
             return
         for _ in range(len(self)):
             if self._stream is None:
                 self._stream = self._read(range(self.sampler.batches_given, 2**62))
-            batch = next(self._stream)
+            given = next(self._stream)
             self.sampler.batches_given += 1
-            yield batch
+            if isinstance(self.sampler, StreamPlace):
+                self.sampler.bookmark = given.bookmark
+                self.bad.add(given.bad)
+                self.bad.add(given.bad_here, weight=self.sampler.world_size)
+                self.bad.check(given.n_read)
+            yield given.batch
 
     def close(self) -> None:
         """Stop the workers."""
         self._stream = None
 
 
+# ---------------------------------------------------------------- streams
+
+
+class StreamPlace:
+    """Where a stream stands: the batches given, and a bookmark in the files, the same on all ranks.
+
+    Args:
+        steps_per_epoch: batches that are called an epoch.
+        world_size: number of processes.
+        identity: what gives the place its meaning; a place in another stream is refused.
+    """
+
+    def __init__(self, steps_per_epoch: int, world_size: int, identity: dict[str, Any]) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.world_size = world_size
+        self.identity = identity
+        self.batches_given = 0
+        self.bookmark: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """See `EpochSampler.set_epoch`."""
+        if self.batches_given == 0:
+            self.batches_given = epoch * len(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches_given": self.batches_given, "bookmark": self.bookmark, **self.identity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises:
+        ValueError: the state is of another stream.
+        """
+        for key, value in self.identity.items():
+            if state.get(key) != value:
+                raise ValueError(
+                    f"cannot go on in the middle of the stream: the checkpoint was written with {key} = "
+                    f"{state.get(key)!r}, this run has {key} = {value!r} (batch_size counts all processes)"
+                )
+        self.batches_given, self.bookmark = int(state["batches_given"]), state["bookmark"]
+
+
+@dataclass(frozen=True)
+class Bookmark:
+    """The beginning of a block of a stream: passes over the data, file and row in this one, what came before."""
+
+    passes: int = 0
+    file: int = 0
+    row: int = 0
+    block: int = 0
+    samples: int = 0
+    left: tuple[int, ...] = ()
+
+
+class StreamedBatches:
+    """An endless stream of samples, pass after pass over the files, cut into batches.
+
+    Its i-th sample is a function of (seed, i): in every pass the files come in a new order, records are read one after
+    another, and within each block of `buffer` records the samples are shuffled. Every rank and every worker reads
+    all records, but only turns those of its own batches into tensors. There is no last batch: the next pass
+    fills it up. A record that is found bad only then leaves its batch one row shorter, so nobody else need know.
+
+    Args:
+        source: the records.
+        expand: (a block's records as (content, file, row), what the last block left) -> (samples, what is left over).
+        collate: samples -> (batch or None if there is no good one, bad records).
+        batch_size: rows per batch and rank.
+        seed, shuffle: of the order.
+        buffer: records per block.
+        rank, world_size: this process and the number of processes.
+        place: its bookmark says where to start reading.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        expand: Callable[[list[Any], tuple[int, ...]], tuple[list[Any], tuple[int, ...]]],
+        collate: Callable[[list[Any]], tuple[Batch | None, list[BadRecord]]],
+        batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        buffer: int,
+        rank: int,
+        world_size: int,
+        place: StreamPlace,
+    ) -> None:
+        self.source = source
+        self.expand = expand
+        self.collate = collate
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.buffer = buffer
+        self.rank = rank
+        self.world_size = world_size
+        self.place = place
+        self._blocks: Iterator[tuple[Bookmark, list[Any]]] | None = None
+        self._mark, self._samples = Bookmark(), list[Any]()
+        self._bad: list[BadRecord] = []
+        self._n_read = 0
+
+    def _permuted(self, stream: str, number: int, n: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(n))
+        return torch.randperm(n, generator=generator(stream, self.seed, number)).tolist()
+
+    def _read(self, mark: Bookmark) -> Iterator[tuple[Bookmark, list[Any]]]:
+        """Blocks of samples, in their order, each with its bookmark."""
+
+        def block(records: list[Any], passes: int, file: int, row: int) -> tuple[list[Any], Bookmark]:
+            samples, left = self.expand(records, mark.left)
+            shuffled = [samples[i] for i in self._permuted("block", mark.block, len(samples))]
+            return shuffled, Bookmark(passes, file, row, mark.block + 1, mark.samples + len(samples), left)
+
+        while True:
+            records: list[Any] = []
+            whole_pass, any_good = (mark.file, mark.row) == (0, 0), False
+            order = self._permuted("files", mark.passes, len(self.source.files))
+            for (file, row), record in self.source.read(order, (mark.file, mark.row)):
+                self._n_read += 1
+                if record is None:
+                    continue
+                if isinstance(record, BadRecord):
+                    self._bad.append(record)
+                    continue
+                any_good = True
+                records.append((record, self.source.files[order[file]], row))
+                if len(records) == self.buffer:
+                    samples, after = block(records, mark.passes, file, row + 1)
+                    yield mark, samples
+                    mark, records = after, []
+            if whole_pass and not any_good:
+                raise ValueError(f"source: there is no good record in {len(order)} file(s): {self._bad[:3]}")
+            samples, after = block(records, mark.passes + 1, 0, 0)
+            yield mark, samples
+            mark = after
+
+    def _reach(self, index: int) -> None:
+        """Read on to the block that holds sample `index`."""
+        if self._blocks is None:
+            start = self.place.bookmark
+            mark = Bookmark() if start is None else Bookmark(**{**start, "left": tuple(start["left"])})
+            self._blocks = self._read(mark)
+            self._mark, self._samples = next(self._blocks)
+        while index >= self._mark.samples + len(self._samples):
+            self._mark, self._samples = next(self._blocks)
+
+    def batch(self, number: int) -> Given:
+        """Raises a ValueError where this rank's part of the batch holds bad records only."""
+        start = number * self.batch_size * self.world_size
+        self._reach(start)
+        bookmark = asdict(self._mark)
+        rows = []
+        for index in range(start + self.rank * self.batch_size, start + (self.rank + 1) * self.batch_size):
+            self._reach(index)
+            rows.append(self._samples[index - self._mark.samples])
+        batch, bad_here = self.collate(rows)
+        if batch is None:
+            raise ValueError(
+                f"data: all {len(rows)} records of a batch are bad ({bad_here[0]}); try a larger batch_size"
+            )
+        bad, self._bad = self._bad, []
+        return Given(batch, {**bookmark, "left": list(bookmark["left"])}, bad, bad_here, self._n_read)
+
+
 # ---------------------------------------------------------------- stores
 
 
 def cache_folder(cache_dir: Path | str | None) -> Path:
-    return Path(cache_dir) if cache_dir is not None else Path(HF_HOME) / "datamodules"
+    """Where stores are kept: `cache_dir`, or else beside what Hugging Face's libraries keep."""
+    return Path(HF_HOME) / "datamodules" if cache_dir is None else Path(cache_dir).expanduser()
 
 
 def fingerprint(*values: Any) -> str:
@@ -161,5 +352,293 @@ def stored(folder: Path, write: Callable[[Path], None]) -> Path:
                 os.rename(inner, folder)
     except OSError as error:
         if not folder.is_dir():
-            raise ValueError(f"cache_dir: {folder} cannot be written ({error.strerror or error})") from error
+            raise ValueError(f"cache_dir: {folder} cannot be made ({error.strerror or error})") from error
     return folder
+
+
+# ---------------------------------------------------------------- the data module
+
+
+class FileData(InMemoryData):
+    """What `TextData` and `ImageData` share. Arguments that both have are described here.
+
+    Training data are either stored (read once, without the bad records, into `cache_dir`; indexed from then on) or
+    streamed (`StreamedBatches`). Validation and test data are always stored.
+
+    Args:
+        source: a file, a list of files, a glob or a directory: parquet, jsonl, csv, text, a folder of images by class,
+            webdataset's tar shards; an id on Hugging Face's hub; a mapping from splits to such files; or what is
+            built in (`pydoc`, `digits`).
+        config: which configuration of a hub data set that has several.
+        train_split, val_split, test_split: splits by name. Without `val_split` it is the one called validation or val,
+            or else `val_fraction` of the training records. Without `test_split` the validation data are the test data.
+        val_fraction: share of the training records that are for validation, chosen by their checksums: the same in
+            every run, and never in both, even if a record comes twice.
+        streaming: read the training files anew in every pass and keep nothing, for what does not fit on a disk.
+        steps_per_epoch: batches that are called an epoch of a stream.
+        shuffle: whether training data come in a new order in every pass.
+        shuffle_buffer: records of a stream that are kept and shuffled together.
+        max_rows: use only this many training records, the first good ones. Not for a stream: so few are stored.
+        n_val: use only this many rows for validation, and for test; None: all.
+        batch_size: training rows per batch and process.
+        val_batch_size: the same for validation and test; None: `batch_size`.
+        num_workers: processes that read ahead; they do not change what is seen.
+        prefetch: batches that each of them reads ahead.
+        max_bad_fraction: bad records (undecodable, empty, the rest of a truncated file) are left out, up to this share
+            of the records and of the files; `bad_records` lists the first.
+        seed: of the order of the training rows; None: that of `seed_everything`, or 0.
+        cache_dir: where stores are kept; None: beside what Hugging Face's libraries keep.
+
+    Raises:
+        ValueError: one line, if a value is outside its range, or (from `setup`) nothing can be read or too much is bad.
+    """
+
+    columns: tuple[str, ...]  # of a record, that are used
+    train: Dataset[Batch] | None = None  # type: ignore[assignment]  # none of a stream
+    validation: Dataset[Batch] | None  # type: ignore[assignment]
+    test: Dataset[Batch] | None  # type: ignore[assignment]  # None: the validation data
+
+    def __init__(
+        self,
+        source: Files,
+        config: str | None = None,
+        train_split: str = "train",
+        val_split: str | None = None,
+        test_split: str | None = None,
+        val_fraction: float = 0.1,
+        streaming: bool = False,
+        steps_per_epoch: int | None = None,
+        shuffle: bool = True,
+        shuffle_buffer: int = 1000,
+        max_rows: int | None = None,
+        n_val: int | None = 256,
+        batch_size: int = 16,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        prefetch: int = 2,
+        max_bad_fraction: float = 0.01,
+        seed: int | None = None,
+        cache_dir: Path | str | None = None,
+    ) -> None:
+        super().__init__(batch_size, seed)
+        at_least_one = {
+            "steps_per_epoch": steps_per_epoch,
+            "shuffle_buffer": shuffle_buffer,
+            "max_rows": max_rows,
+            "n_val": n_val,
+            "val_batch_size": val_batch_size,
+            "prefetch": prefetch,
+        }
+        require_at_least(1, **{name: value for name, value in at_least_one.items() if value is not None})
+        require_at_least(0, num_workers=num_workers)
+        for name, fraction in (("val_fraction", val_fraction), ("max_bad_fraction", max_bad_fraction)):
+            if not 0 <= fraction < 1:
+                raise ValueError(f"{name}: found {fraction}, allowed are numbers in [0, 1)")
+        if streaming and steps_per_epoch is None:
+            raise ValueError("steps_per_epoch: found None; a stream has no length, so streaming = True needs a number")
+        if not streaming and steps_per_epoch is not None:
+            raise ValueError(f"steps_per_epoch: found {steps_per_epoch}; it is for streaming = True only")
+        if streaming and max_rows is not None:
+            raise ValueError(f"max_rows: found {max_rows} with streaming = True; without, no more is read than that")
+        self.source = source
+        self.config = config
+        self.splits = {"train": train_split, "val": val_split, "test": test_split}
+        self.val_fraction = val_fraction
+        self.streaming = streaming
+        self.steps_per_epoch = steps_per_epoch
+        self.shuffle = shuffle
+        self.shuffle_buffer = shuffle_buffer
+        self.max_rows = max_rows
+        self.limits = {"train": None, "val": n_val, "test": n_val}  # rows of each store
+        self.val_batch_size = val_batch_size or batch_size
+        self.num_workers = num_workers
+        self.prefetch = prefetch
+        self.max_bad_fraction = max_bad_fraction
+        self.cache_dir = cache_dir
+        self._sources: dict[str, Source] = {}
+        self._bad_stored = BadRecords(max_bad_fraction, 0)
+        self._bad_streamed = BadRecords(max_bad_fraction, 0)
+        self._training: NumberedLoader | None = None
+
+    # -- for a subclass to say --------------------------------------------------------------------------------------
+
+    def parse(self, record: Record) -> tuple[Any, bytes]:
+        """What is used of a record, and the bytes that tell it from others. Raises `Unfit`."""
+        raise NotImplementedError
+
+    def examine(self, content: Any) -> None:
+        """Look closer at what `parse` gave, before it is stored. Raises `Unfit`."""
+
+    def settings(self) -> list[Any]:
+        """All that a store depends on besides the records."""
+        return []
+
+    def write(self, folder: Path, contents: Iterator[Any], limit: int | None) -> int:
+        """Fill a store with at most `limit` rows made of `contents`; returns how many it has."""
+        raise NotImplementedError
+
+    def open(self, folder: Path) -> Dataset[Batch]:
+        """The dataset in a store."""
+        raise NotImplementedError
+
+    def expand(self, contents: list[Any], left: tuple[int, ...]) -> tuple[list[Any], tuple[int, ...]]:
+        """See `StreamedBatches`."""
+        return contents, ()
+
+    def collate(self, samples: list[Any]) -> tuple[Batch | None, list[BadRecord]]:
+        """See `StreamedBatches`."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker process needs, should it be started afresh."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("trainer", "_training")}
+
+    # -- finding, storing -------------------------------------------------------------------------------------------
+
+    def find(self) -> None:
+        """Find the files of each part: train, val and test, as far as there are any. May be called again."""
+        if self._sources:
+            return
+        format, files = find_files(self.source, self.config)
+        splits = dict(self.splits)
+        if splits["val"] is None:
+            splits["val"] = next((name for name in ("validation", "val") if name in files), None)
+        for part, split in splits.items():
+            if split is not None:
+                require_choice(f"{part}_split", split, files)
+        border = self.val_fraction if splits["val"] is None else 0.0
+        shares = {"train": (border, 1.0), "val": (0.0, 1.0), "test": (0.0, 1.0)}
+        if splits["val"] is None and border:
+            splits["val"], shares["val"] = splits["train"], (0.0, border)
+        for part, split in splits.items():
+            if split is not None:
+                self._sources[part] = Source(format, tuple(files[split]), self.parse, self.columns, shares[part])
+
+    def _store(self, part: str) -> Dataset[Batch]:
+        """The dataset of a part, read and stored if that has not been done yet."""
+        source, limit = self._sources[part], self.limits[part]
+        most = self.max_rows if part == "train" else None
+        key = fingerprint(source.signature(), source.columns, source.share, self.settings(), limit, most)
+
+        def write(folder: Path) -> None:
+            bad, n_read, n_rows = BadRecords(self.max_bad_fraction, len(source.files)), 0, 0
+
+            def good() -> Iterator[Any]:
+                nonlocal n_read
+                bar = track(source.read(), f"reading {part} data", transient=True, disable=not sys.stdout.isatty())
+                for position, content in bar:
+                    n_read += 1
+                    content = self._examined(source, position, content)
+                    if isinstance(content, BadRecord):
+                        bad.add([content])
+                        bad.check(n_read)
+                    elif content is not None:
+                        yield content
+
+            n_rows = self.write(folder, islice(good(), most), limit)
+            bad.check(n_read, finished=True)
+            if not n_rows:
+                raise ValueError(
+                    f"source: no row for {part} came of the {n_read} record(s) in {len(source.files)} file(s)"
+                )
+            meta = {"n_read": n_read, "bad": [asdict(record) for record in bad]}
+            (folder / "meta.json").write_text(json.dumps(meta))
+
+        folder = stored(cache_folder(self.cache_dir) / f"{type(self).__name__}-{part}-{key}", write)
+        meta = json.loads((folder / "meta.json").read_text())
+        bad = BadRecords(self.max_bad_fraction, len(source.files))
+        bad.add(BadRecord(**record) for record in meta["bad"])
+        bad.check(meta["n_read"], finished=True)  # it may have been stored under another limit
+        self._bad_stored.add(bad)
+        return self.open(folder)
+
+    def _examined(self, source: Source, position: tuple[int, int], content: Any) -> Any:
+        if content is not None and not isinstance(content, BadRecord):
+            try:
+                self.examine(content)
+            except Unfit as unfit:
+                return BadRecord(source.files[position[0]], position[1], str(unfit))
+        return content
+
+    @property
+    def bad_records(self) -> list[BadRecord]:
+        """The first of the bad records that were left out, as far as this process has met them."""
+        return [*self._bad_stored.first, *self._bad_streamed.first]
+
+    def prepare_data(self) -> None:
+        self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        self.find()
+        if not self.streaming:
+            self.train = self._store("train")
+        self.validation, self.test = (self._store(p) if p in self._sources else None for p in ("val", "test"))
+        if self.trainer is None or self.trainer.is_global_zero:
+            self._bad_stored.report()
+
+    def teardown(self, stage: str) -> None:
+        if self._training is not None:
+            self._training.close()
+            self._bad_streamed.report()
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def _loader(self, dataset: Dataset[Batch] | None, batch_size: int | None = None) -> NumberedLoader:
+        """A loader of training rows if `batch_size` is given, else of all rows of `dataset` in their order."""
+        rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        if batch_size is not None and self.streaming:
+            return self._stream_loader(rank, world_size)
+        training = batch_size is not None
+        assert dataset is not None
+        sampler = EpochSampler(
+            dataset,
+            batch_size or self.val_batch_size,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            shuffle=training and self.shuffle,
+        )
+        return NumberedLoader(
+            IndexedBatches(dataset, sampler),
+            sampler,
+            num_workers=self.num_workers,
+            prefetch=self.prefetch,
+            endless=training,
+        )
+
+    def _stream_loader(self, rank: int, world_size: int) -> NumberedLoader:
+        source = self._sources["train"]
+        order = {"seed": self.seed, "shuffle": self.shuffle, "shuffle_buffer": self.shuffle_buffer}
+        identity = {
+            "files and settings": fingerprint(source.names(), source.columns, source.share, self.settings()),
+            "batch_size": self.batch_size * world_size,
+            **order,
+        }
+        assert self.steps_per_epoch is not None
+        place = StreamPlace(self.steps_per_epoch, world_size, identity)
+        batches = StreamedBatches(
+            source,
+            self.expand,
+            self.collate,
+            self.batch_size,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            buffer=self.shuffle_buffer,
+            rank=rank,
+            world_size=world_size,
+            place=place,
+        )
+        self._bad_streamed.n_files = len(source.files)
+        return NumberedLoader(
+            batches, place, num_workers=self.num_workers, prefetch=self.prefetch, bad=self._bad_streamed
+        )
+
+    def train_dataloader(self) -> NumberedLoader:
+        self._training = super().train_dataloader()
+        return self._training
+
+    def val_dataloader(self) -> NumberedLoader | list[Any]:
+        return [] if self.validation is None else self._loader(self.validation)
+
+    def test_dataloader(self) -> NumberedLoader | list[Any]:
+        return self.val_dataloader() if self.test is None else self._loader(self.test)

@@ -1,21 +1,23 @@
 """Text as sequences of tokens of one length."""
 
-import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.loading import Batch, EpochSampler, InMemoryData, require_at_least, require_choice
-from datamodules.records import BadRecord, Record, Source, Unfit, pydoc_pieces
-from datamodules.streaming import IndexedBatches, NumberedLoader, cache_folder, fingerprint, stored
+from datamodules.loading import Batch, require_at_least, require_choice
+from datamodules.records import BadRecord, Files, Record, Unfit, batched, column_of, pydoc_pieces
+from datamodules.streaming import FileData, cache_folder, fingerprint, stored
 
 Mode = Literal["pack", "rows"]
+Ints = NDArray[np.integer[Any]]
+NEEDS = "pip install 'l3d_pl[hub]'"
 
 
 def pydoc_tokenizer(vocabulary: int = 2000, cache_dir: Path | str | None = None) -> Path:
@@ -23,6 +25,10 @@ def pydoc_tokenizer(vocabulary: int = 2000, cache_dir: Path | str | None = None)
 
     Made the first time, the same on every machine with the same Python and `tokenizers`. Its one special token,
     `<|endoftext|>`, begins, ends and pads, as in GPT-2 and GPT-Neo.
+
+    Args:
+        vocabulary: number of tokens, at least 257: all bytes and the special token.
+        cache_dir: see `FileData`.
     """
     require_at_least(257, vocabulary=vocabulary)
     texts = [piece["text"] for piece in pydoc_pieces()]
@@ -49,24 +55,55 @@ def pydoc_tokenizer(vocabulary: int = 2000, cache_dir: Path | str | None = None)
     return stored(cache_folder(cache_dir) / f"tokenizer-pydoc-{vocabulary}-{fingerprint(texts)}", write)
 
 
+def load_tokenizer(name: str, vocabulary: int = 2000, cache_dir: Path | str | None = None) -> Any:
+    """A Hugging Face tokenizer: `pydoc`, an id on the hub, or a local directory.
+
+    Raises:
+        ValueError: there is none, or the packages are missing.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ValueError(f"tokenizer: {name!r} needs the package transformers: {NEEDS}") from error
+    if name == "pydoc":
+        return AutoTokenizer.from_pretrained(pydoc_tokenizer(vocabulary, cache_dir))
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # of many kinds
+        where = (
+            "the directory holds none" if os.path.isdir(name) else "no directory here, and not to be had from the hub"
+        )
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"tokenizer: found {name!r}, {where} ({reason}); 'pydoc' needs no network") from error
+
+
 class TokenRows(Dataset[Batch]):
-    """Sequences in a store, indexed by a whole batch of row numbers; see `TextData` for the batches."""
+    """Sequences in a store, indexed by a whole batch of row numbers; see `TextData` for the batches.
+
+    Args:
+        folder: the store: `tokens.bin` int32 [rows, length], `lengths.bin` int32 [rows].
+        length: tokens per sequence.
+        special: tokens that are no samples, int64.
+    """
 
     def __init__(self, folder: Path, length: int, special: Tensor) -> None:
-        lengths, tokens = folder / "lengths.bin", folder / "tokens.bin"
-        self.lengths = np.memmap(lengths, np.int32, "r") if lengths.stat().st_size else np.zeros(0, np.int32)
-        self.tokens = np.memmap(tokens, np.int32, "r", shape=(len(self), length)) if len(self) else None
+        self._arguments = folder, length, special
+        self.lengths = np.memmap(folder / "lengths.bin", np.int32, "r")
+        self.tokens = np.memmap(folder / "tokens.bin", np.int32, "r", shape=(len(self), length))
         self.special = special
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._arguments  # a worker maps the files itself
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, rows: Tensor) -> Batch:
-        return batch_of(self.tokens[rows.numpy()], self.lengths[rows.numpy()], self.special)  # type: ignore[index]
+        return batch_of(self.tokens[rows.numpy()], self.lengths[rows.numpy()], self.special)
 
 
-def batch_of(tokens: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], special: Tensor) -> Batch:
-    """A batch of sequences [N, S], of which the first `lengths` [N] tokens count, without the special ones."""
+def batch_of(tokens: Ints, lengths: Ints, special: Tensor) -> Batch:
+    """A batch of sequences [N, S], of which the first `lengths` [N] tokens count, and are samples unless `special`."""
     input_ids = torch.from_numpy(tokens.astype(np.int64))
     there = torch.arange(input_ids.shape[1]) < torch.from_numpy(lengths.astype(np.int64))[:, None]
     return {
@@ -76,160 +113,127 @@ def batch_of(tokens: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], specia
     }
 
 
-class TextData(InMemoryData):
+class TextData(FileData):
     """Token sequences; batches `{"input_ids": int64, "attention_mask": int64, "sample_mask": bool}`, all [N, S].
 
-    `sample_mask` is False at padding and special tokens.
+    `attention_mask` is 0 at padding; `sample_mask` is False there and at special tokens (end, begin, padding).
 
     Args:
-        source: `pydoc`, the standard library's own English.
-        tokenizer: `pydoc`, or what AutoTokenizer takes.
+        source: see `FileData`; `pydoc` is the standard library's own English, and needs no network.
+        column: which column holds the text (a member's extension in a tar shard; text files have only `text`).
+        tokenizer: an id on Hugging Face's hub, a local directory, or `pydoc`: byte pairs trained on that text.
         length: tokens per sequence, S.
-        mode: `pack` joins texts with the end token between them and cuts; `rows` makes each text a sequence, cut or
-            padded.
-        batch_size: training sequences per batch and process.
-        val_batch_size: the same for validation; None: `batch_size`.
-        val_fraction: share of the texts that are for validation, chosen by their checksums.
-        max_sequences: use this many training sequences at most.
-        n_val: use this many validation (and test) sequences at most; None: all.
-        vocabulary: tokens of the `pydoc` tokenizer.
+        mode: `pack` joins texts with the end token between them and cuts what comes into sequences; `rows` makes each
+            text a sequence, cut or padded at its end.
+        max_sequences: use only this many training sequences, the first ones. (`max_rows` counts texts.)
         exclude_special: whether special tokens are no samples.
-        seed: of the order; None: that of `seed_everything`, or 0.
-        num_workers, prefetch: worker processes, and the batches each of them reads ahead.
-        cache_dir: where tokens are kept.
+        vocabulary: number of tokens of the `pydoc` tokenizer.
+        **options: those of `FileData`.
 
     Raises:
-        ValueError: one line, if a value is outside its range.
+        ValueError: one line; see `FileData`.
     """
 
     def __init__(
         self,
-        source: str = "pydoc",
+        source: Files = "pydoc",
+        column: str = "text",
         tokenizer: str = "pydoc",
         length: int = 16,
         mode: Mode = "pack",
-        batch_size: int = 16,
-        val_batch_size: int | None = None,
-        val_fraction: float = 0.1,
         max_sequences: int | None = None,
-        n_val: int | None = 256,
-        vocabulary: int = 2000,
         exclude_special: bool = True,
-        seed: int | None = None,
-        num_workers: int = 0,
-        prefetch: int = 2,
-        cache_dir: Path | str | None = None,
+        vocabulary: int = 2000,
+        **options: Any,
     ) -> None:
-        super().__init__(batch_size, seed)
+        super().__init__(source, **options)
         require_choice("mode", mode, get_args(Mode))
-        require_at_least(1, length=length, val_batch_size=val_batch_size or 1, prefetch=prefetch)
-        require_at_least(0, num_workers=num_workers)
-        self.source = source
+        require_at_least(1, length=length, max_sequences=1 if max_sequences is None else max_sequences)
+        require_at_least(257, vocabulary=vocabulary)
+        if self.streaming and max_sequences is not None:
+            raise ValueError(
+                f"max_sequences: found {max_sequences} with streaming = True; what is this small is stored"
+            )
+        self.columns = (column,)
         self.tokenizer_name = tokenizer
         self.length = length
         self.mode = mode
-        self.val_batch_size = val_batch_size or batch_size
-        self.val_fraction = val_fraction
-        self.max_sequences = max_sequences
-        self.n_val = n_val
-        self.vocabulary = vocabulary
+        self.limits["train"] = max_sequences
         self.exclude_special = exclude_special
-        self.num_workers = num_workers
-        self.prefetch = prefetch
-        self.cache_dir = cache_dir
-        self.tokenizer: Any = None
-        self.bad_records: list[BadRecord] = []
-
-    # -- making the sequences ---------------------------------------------------------------------------------------
-
-    def _load_tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        name: Any = self.tokenizer_name
-        if name == "pydoc":
-            name = pydoc_tokenizer(self.vocabulary, self.cache_dir)
-        return AutoTokenizer.from_pretrained(name)
-
-    def parse(self, record: Record) -> tuple[str, bytes]:
-        text = record["text"]
-        if not text.strip():
-            raise Unfit("the text is empty")
-        return text, text.encode()
-
-    def _sequences(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-        """Tokens [n, S] and lengths [n], int32, a thousand texts at a time."""
-        left: list[int] = []
-        for block in itertools.batched(texts, 1000) if hasattr(itertools, "batched") else _batched(texts, 1000):
-            ids = self.tokenizer(list(block), add_special_tokens=False, verbose=False)["input_ids"]
-            for text in ids:
-                left += [*text, self.tokenizer.eos_token_id]
-            n = len(left) // self.length
-            tokens = np.array(left[: n * self.length], np.int32).reshape(n, self.length)
-            left = left[n * self.length :]
-            yield tokens, np.full(n, self.length, np.int32)
-
-    def _store(self, part: str) -> Path:
-        share = (0.0, self.val_fraction) if part == "val" else (self.val_fraction, 1.0)
-        limit = self.n_val if part == "val" else self.max_sequences
-        source = Source("pydoc", ("pydoc_data.topics",), self.parse, share)
-        key = fingerprint(
-            [piece["text"] for piece in pydoc_pieces()],
-            share,
-            limit,
-            self.length,
-            self.mode,
-            self.tokenizer.backend_tokenizer.to_str(),
-        )
-
-        def write(folder: Path) -> None:
-            texts = (text for _, text in source.read() if not isinstance(text, BadRecord))
-            left = limit if limit is not None else 2**62
-            with open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "lengths.bin", "wb") as lengths_file:
-                for tokens, lengths in self._sequences(texts):
-                    tokens_file.write(tokens[:left].tobytes())
-                    lengths_file.write(lengths[:left].tobytes())
-                    left -= len(tokens[:left])
-                    if left == 0:
-                        break
-
-        return stored(cache_folder(self.cache_dir) / f"text-{part}-{key}", write)
-
-    def prepare_data(self) -> None:
-        self.tokenizer = self._load_tokenizer()
-        for part in ("train", "val"):
-            self._store(part)
+        self.vocabulary = vocabulary
+        self.tokenizer: Any = None  # a Hugging Face tokenizer, after `setup`
 
     def setup(self, stage: str | None = None) -> None:
-        if self.num_workers:
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-        self.tokenizer = self.tokenizer or self._load_tokenizer()
-        special = torch.tensor(self.tokenizer.all_special_ids if self.exclude_special else [], dtype=torch.int64)
-        self.train = TokenRows(self._store("train"), self.length, special)
-        self.validation = self.test = TokenRows(self._store("val"), self.length, special)
+        if self.tokenizer is None:
+            if self.num_workers:
+                os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
+            self.tokenizer = load_tokenizer(self.tokenizer_name, self.vocabulary, self.cache_dir)
+            if self.mode == "pack" and self.tokenizer.eos_token_id is None:
+                raise ValueError(f"mode: 'pack' needs an end token, tokenizer {self.tokenizer_name!r} has none")
+            special = self.tokenizer.all_special_ids if self.exclude_special else []
+            self._special = torch.tensor(special, dtype=torch.int64)
+        super().setup(stage)
 
-    # -- reading them -----------------------------------------------------------------------------------------------
+    def parse(self, record: Record) -> tuple[str, bytes]:
+        text = column_of(record, self.columns[0])
+        try:
+            text = text.decode() if isinstance(text, bytes) else text
+            key = text.encode() if isinstance(text, str) else b""
+        except UnicodeError:
+            raise Unfit("the text is not UTF-8") from None
+        if not isinstance(text, str):
+            raise Unfit(f"{self.columns[0]} is no text but a {type(text).__name__}")
+        if not text.strip():
+            raise Unfit("the text is empty")
+        return text, key
 
-    def _loader(self, dataset: Dataset[Batch], batch_size: int | None = None) -> NumberedLoader:
-        rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        training = batch_size is not None
-        sampler = EpochSampler(
-            dataset,
-            batch_size or self.val_batch_size,
-            seed=self.seed,
-            rank=rank,
-            world_size=world_size,
-            shuffle=training,
-        )
-        return NumberedLoader(
-            IndexedBatches(dataset, sampler),
-            sampler,
-            num_workers=self.num_workers if training else 0,
-            prefetch=self.prefetch,
-            endless=training,
-        )
+    def settings(self) -> list[Any]:
+        fast = getattr(self.tokenizer, "backend_tokenizer", None)
+        tokenizer = fast.to_str() if fast is not None else sorted(self.tokenizer.get_vocab().items())
+        return [self.length, self.mode, fingerprint(tokenizer, self.tokenizer.all_special_ids)]
 
+    def _sequences(self, texts: list[str], left: tuple[int, ...]) -> tuple[Ints, Ints, tuple[int, ...]]:
+        """Tokens int32 [n, S] and lengths int32 [n] of `texts`, and the tokens that did not fill a sequence."""
+        S, rows = self.length, self.mode == "rows"
+        ids = self.tokenizer(
+            texts, add_special_tokens=rows, truncation=rows, max_length=S if rows else None, verbose=False
+        )["input_ids"]
+        if not rows:
+            flat = np.array(
+                [*left, *(token for text in ids for token in (*text, self.tokenizer.eos_token_id))], np.int32
+            )
+            n = len(flat) // S
+            return flat[: n * S].reshape(n, S), np.full(n, S, np.int32), tuple(flat[n * S :].tolist())
+        ids = [text for text in ids if text]  # a tokenizer may know nothing of a text's letters
+        padding = next((token for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if token), 0)
+        tokens = np.full((len(ids), S), padding, np.int32)
+        for row, text in zip(tokens, ids, strict=True):
+            row[: len(text)] = text
+        return tokens, np.array([len(text) for text in ids], np.int32), ()
 
-def _batched(items: Iterable[Any], n: int) -> Iterator[tuple[Any, ...]]:
-    items = iter(items)
-    while block := tuple(itertools.islice(items, n)):
-        yield block
+    def write(self, folder: Path, contents: Iterator[str], limit: int | None) -> int:
+        n = 0
+        left: tuple[int, ...] = ()
+        most = 2**62 if limit is None else limit
+        with open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "lengths.bin", "wb") as lengths_file:
+            for texts in batched(contents, min(1000, most)):
+                tokens, lengths, left = self._sequences(texts, left)
+                tokens_file.write(tokens[: most - n].tobytes())
+                lengths_file.write(lengths[: most - n].tobytes())
+                n += len(tokens[: most - n])
+                if n == most:
+                    break
+        return n
+
+    def open(self, folder: Path) -> TokenRows:
+        return TokenRows(folder, self.length, self._special)
+
+    def expand(self, contents: list[Any], left: tuple[int, ...]) -> tuple[list[Any], tuple[int, ...]]:
+        if not contents:
+            return [], left
+        tokens, lengths, left = self._sequences([text for text, _, _ in contents], left)
+        return list(zip(tokens, lengths, strict=True)), left
+
+    def collate(self, samples: list[Any]) -> tuple[Batch, list[BadRecord]]:
+        tokens, lengths = zip(*samples, strict=True)
+        return batch_of(np.stack(tokens), np.array(lengths), self._special), []
