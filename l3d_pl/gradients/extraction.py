@@ -80,6 +80,7 @@ class GradientExtractor:
         self.divergence, self.reference = make_divergence(divergence), reference
         self.oracle_parameters: dict[str, str] = {}  # name -> the operation that has no rule
         self._copy_operands = False
+        self._inject_early = False
         self._has_run = False  # the target model has taken a batch
 
     @torch.no_grad()
@@ -110,7 +111,8 @@ class GradientExtractor:
         first = tensors_of(inputs)[:1]
         positions = first[0].shape[1] if self.sample == "token" and first and first[0].ndim > 1 else 0
         captured = {name: tensor for name, tensor in self.parameters.items() if name not in self.oracle_parameters}
-        capture = Capture(self.model, captured, batch_size(inputs), self._copy_operands, positions=positions)
+        capture = Capture(self.model, captured, batch_size(inputs), self._copy_operands, self._inject_early, positions)
+        drawn = None if generator is None else generator.get_state()
         with torch.inference_mode(False), torch.enable_grad():
             try:
                 with capture, self._precision(batch):
@@ -125,6 +127,7 @@ class GradientExtractor:
                 return self(batch, generator, references)
             samples = choose_samples(self.sample, batch, output, self.tokens_per_sequence, generator)
             outputs = samples.outputs(wide(output.detach()))
+            given = references
             if references is None:
                 contrast = self._contrast(batch, samples)
                 references = make_references(self.reference, outputs, self.divergence, generator, contrast)
@@ -132,10 +135,21 @@ class GradientExtractor:
                 references = references.expand_as(outputs)
             at_outputs = self.divergence.gradient(*samples.comparable(outputs, references))
             cotangent = samples.cotangent(at_outputs, output).to(output.dtype)
-            if samples.positions is None:
-                gradients = capture.gradients(output, cotangent)
-            else:
-                gradients = self._passes.gradients(capture, output, cotangent, samples)
+            try:
+                if samples.positions is None:
+                    gradients = capture.gradients(output, cotangent)
+                else:
+                    gradients = self._passes.gradients(capture, output, cotangent, samples)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # activation checkpointing: what is computed again must be what `capture` has seen
+                if not self._inject_early:
+                    self._inject_early = True
+                    if generator is not None and drawn is not None:
+                        generator.set_state(drawn)
+                    return self(batch, generator, given)
+                capture.uncaptured |= dict.fromkeys(captured, "activation checkpointing")
+                gradients = {}
         missing = {
             name: capture.uncaptured.get(name, "never used directly") for name in captured if name not in gradients
         }

@@ -4,6 +4,7 @@ Correct but slow, and dense. It serves the parameters that an operation without 
 compares its first batch with.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,14 +25,15 @@ class _Forward(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Any) -> Tensor:
-        return call_model(self.model, inputs)
+    def forward(self, inputs: Any, then: Callable[[Tensor], Any] | None = None) -> Any:
+        output = call_model(self.model, inputs)
+        return output if then is None else then(output)
 
 
-def _call_with(
-    wrapped: _Forward, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor], inputs: Any
-) -> Tensor:
+def _call_with(wrapped: _Forward, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor], *args: Any) -> Any:
     """The model's output with `values` in the place of its own `parameters`, wherever it holds them.
+
+    A second one of `args`, a function of the output, is called while they are there, and its result returned.
 
     Each place is named once: given the two names of a module that is used twice, `functional_call` does not put its
     tensors back.
@@ -43,7 +45,7 @@ def _call_with(
         for name, tensor in module._parameters.items()
         if id(tensor) in by_id
     }
-    return torch.func.functional_call(wrapped, named, (inputs,), tie_weights=False)
+    return torch.func.functional_call(wrapped, named, args, tie_weights=False)
 
 
 def vmap_gradients(
@@ -108,13 +110,26 @@ def sample_gradient(
     `references` [N, ...] are those of all samples of the batch.
     """
     entry, alone = samples.alone(index)
+    inputs = slice_inputs(inputs_of(batch), slice(entry, entry + 1))
+
+    def loss(output: Tensor) -> Tensor:
+        return divergence(*alone.comparable(alone.outputs(output), references[index : index + 1])).sum()
+
+    def gradient(output: Tensor) -> tuple[Tensor, ...]:  # (activation checkpointing calls parts of the model again)
+        return torch.autograd.grad(loss(output), list(values.values()), allow_unused=True, materialize_grads=True)
+
     values = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    with torch.enable_grad():
-        inputs = slice_inputs(inputs_of(batch), slice(entry, entry + 1))
-        output = alone.outputs(_call_with(_Forward(model), parameters, values, inputs))
-        loss = divergence(*alone.comparable(output, references[index : index + 1])).sum()
-    grads = torch.autograd.grad(loss, list(values.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(values, grads, strict=True))
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", "None of the inputs have requires_grad=True")
+        try:
+            return dict(zip(values, _call_with(_Forward(model), parameters, values, inputs, gradient), strict=True))
+        except (RuntimeError, UserWarning):  # reentrant checkpointing knows nothing but `backward`, to every leaf
+            names = {id(parameter): name for name, parameter in parameters.items()}
+            own = {names.get(id(tensor), f"/{name}"): tensor for name, tensor in model.named_parameters()}
+            leaves = {name: tensor.detach().requires_grad_() for name, tensor in own.items()}
+            _call_with(_Forward(model), own, leaves, inputs, lambda output: loss(output).backward())
+    found = ((name, leaves[name].grad) for name in parameters)
+    return {name: torch.zeros_like(leaves[name]) if grad is None else grad for name, grad in found}
 
 
 def _stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
