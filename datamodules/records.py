@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -277,7 +278,7 @@ class Source:
         The content is what `parse` makes of the record, a `BadRecord`, or None for a record that is not in the share.
 
         Raises:
-            OSError: a file of the hub cannot be reached; it is not the file that is bad.
+            ValueError: a file of the hub cannot be reached; it is not the file that is bad.
         """
         order = range(len(self.files)) if order is None else order
         for place in range(start[0], len(order)):
@@ -288,9 +289,12 @@ class Source:
                 for row, record in enumerate(READERS[self.format](file, self.columns)):
                     if row >= skip and record is not None:
                         yield (place, row), self._take(file, row, record)
-            except (*DAMAGED, OSError) as error:
-                if "://" in file and not isinstance(error, DAMAGED):
-                    raise
+            except Exception as error:
+                if not isinstance(error, DAMAGED):
+                    if "://" in file:
+                        raise ValueError(f"source: {file} cannot be reached ({_line(error)})") from error
+                    if not isinstance(error, OSError):
+                        raise
                 if row + 1 >= skip:
                     yield (place, row + 1), BadRecord(file, row + 1, f"the file breaks off ({_line(error)})", True)
 
@@ -368,6 +372,8 @@ def find_files(source: Files, config: str | None = None) -> tuple[str, dict[str,
     formats = {_format(file) for files in found.values() for file in files}
     if len(formats) != 1:
         raise ValueError(f"source: found files of different formats, {', '.join(sorted(formats))}; allowed is one")
+    if formats == {"parquet"} and find_spec("pyarrow") is None:
+        raise ValueError("source: parquet files need the package pyarrow: pip install 'l3d_pl[hub]'")
     return formats.pop(), found
 
 

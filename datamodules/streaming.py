@@ -109,6 +109,7 @@ class NumberedLoader:
     ) -> None:
         self.batches = batches
         self.sampler = sampler
+        self.batch_sampler = None  # Lightning looks for one
         self.num_workers = num_workers
         self.prefetch = prefetch
         self.endless = endless
@@ -148,6 +149,13 @@ class NumberedLoader:
                 self.bad.add(given.bad_here, weight=self.sampler.world_size)
                 self.bad.check(given.n_read)
             yield given.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.close()  # workers that have read ahead of where this goes on
+        self.sampler.load_state_dict(state)
 
     def close(self) -> None:
         """Stop the workers."""

@@ -5,17 +5,22 @@ import csv
 import io
 import itertools
 import json
+import os
 import pickle
+import socket
+import subprocess
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from data_runs import CASES, STEPS, data_of, fit, write_sources
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
@@ -270,7 +275,8 @@ def test_too_many_bad_records_end_a_stream_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"max_bad_fraction: found \d+ bad record\(s\) .*1.jsonl, row 0") as error:
             take(data.train_dataloader(), 40)
         assert "\n" not in str(error.value)
-        data.teardown("fit")
+        with pytest.warns(UserWarning, match="bad record"):
+            data.teardown("fit")
     (tmp_path / "in/0.jsonl").unlink()
     with pytest.raises(ValueError, match=r"there is no good record in 1 file\(s\)"):
         take(numbers(str(tmp_path / "in/*.jsonl"), tmp_path, streaming=True).train_dataloader(), 1)
@@ -380,6 +386,39 @@ def test_splits_of_a_directory_and_by_file(tmp_path: Path) -> None:
     assert find_files([str(tmp_path / "test.parquet"), pattern])[1]["train"] == [*found["test"], *found["train"]]
 
 
+def test_files_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` says of the hub, with addresses in memory instead."""
+    import datasets
+    import fsspec
+
+    for name in ("a", "b"):
+        write_rows(tmp_path / f"{name}.parquet")
+        fsspec.filesystem("memory").pipe(f"/hub/{name}.parquet", (tmp_path / f"{name}.parquet").read_bytes())
+    builder = SimpleNamespace(
+        name="parquet",
+        config=SimpleNamespace(data_files={"train": ["memory://hub/a.parquet"], "test": ["memory://hub/b.parquet"]}),
+    )
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda source, config: builder)
+    format, found = find_files("someone/stories")
+    assert [found["train"], found["test"]] == [["memory://hub/a.parquet"], ["memory://hub/b.parquet"]]
+
+    def texts() -> list[str]:
+        source = Source(format, tuple(found["train"]), lambda record: (record["text"], b""), ("text",))
+        return [text.decode() for _, text in source.read()]
+
+    assert texts() == [row["text"] for row in ROWS]
+
+    def unplugged(*_: Any, **__: Any) -> None:
+        raise TimeoutError("no route to host")
+
+    monkeypatch.setattr(fsspec, "open", unplugged)
+    with pytest.raises(ValueError, match=r"memory://hub/a.parquet cannot be reached \(no route to host\)"):
+        texts()  # that is no bad file, and nothing to go on without
+    builder.name = "audiofolder"
+    with pytest.raises(ValueError, match="format of someone/stories: found 'audiofolder', allowed are parquet, json"):
+        find_files("someone/stories")
+
+
 def test_sources_that_are_not_there_give_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(source: Any, message: str) -> None:
         with pytest.raises(ValueError, match=message) as error:
@@ -467,3 +506,57 @@ def test_a_store_follows_its_files_and_is_whole_or_not_there(tmp_path: Path) -> 
 def test_bad_options_give_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Numbers("pydoc", **options)
+
+
+# ---------------------------------------------------------------- resume under Lightning
+
+
+@pytest.mark.filterwarnings("ignore:data. found . bad record")
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_run_sees_what_the_uninterrupted_one_would(tmp_path: Path, case: str, num_workers: int) -> None:
+    write_sources(tmp_path)
+    expected = fit(data_of(case, tmp_path, num_workers=num_workers), tmp_path)
+    assert len(expected) == STEPS
+    assert len({json.dumps(sample) for batch in expected for sample in batch}) > 30
+    for stop in range(1, STEPS) if num_workers == 0 else (2, 5, 6, 11):
+        torch.manual_seed(stop)
+        resumed = fit(data_of(case, tmp_path, num_workers=num_workers), resume=tmp_path / f"{stop}.ckpt")
+        assert resumed == expected[stop:], stop
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore:data. found . bad record")
+def test_two_ranks_see_the_batches_of_one_process_and_resume_exactly(tmp_path: Path) -> None:
+    write_sources(tmp_path)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment |= {"TORCHELASTIC_RUN_ID": "data", "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])}
+    command = [sys.executable, str(Path(__file__).with_name("data_runs.py")), str(tmp_path)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    files = [tmp_path / f"rank{rank}.json" for rank in range(2)]
+    assert all(file.is_file() for file in files), "\n".join(outputs)
+    results = [json.loads(file.read_text()) for file in files]
+    for case in CASES:
+        together = [a + b for a, b in zip(*(result[case] for result in results), strict=True)]
+        assert together == fit(data_of(case, tmp_path))
+        for result in results:
+            for stop in (3, 5, 9):
+                assert result[f"{case} {stop}"] == result[case][stop:], (case, stop)
