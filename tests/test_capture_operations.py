@@ -95,6 +95,37 @@ def inplace_parts(m: Any, x: Tensor) -> Tensor:
     return first * second
 
 
+def inplace_on_view(m: Any, x: Tensor) -> Tensor:
+    h = x * 1
+    flat = h.view(-1, 8)
+    flat += m.b
+    return h.sin()
+
+
+def inplace_part(m: Any, x: Tensor) -> Tensor:
+    h = x * 1
+    h[:, 4:] += m.b
+    return h.sin()
+
+
+def class_token_twice(m: Any, x: Tensor) -> Tensor:
+    token = m.P.expand(len(x), -1, -1)
+    x = torch.cat([token, x, token], dim=1)
+    return (x.sin() + token).cos()
+
+
+def written_into_buffer(m: Any, x: Tensor) -> Tensor:
+    h = x.new_zeros(len(x), 2, 8)
+    h[:, 0], h[:, 1] = m.P, x
+    return h.flatten(1).sin()
+
+
+def written_into_constant(m: Any, x: Tensor) -> Tensor:
+    w = torch.zeros(2, 8, dtype=x.dtype)
+    w[0] = m.b
+    return (x + w.sum(0)).sin()
+
+
 def masked_copy(m: Any, x: Tensor) -> Tensor:
     w = m.W.clone()
     w[:2] = 0
@@ -187,23 +218,51 @@ CAPTURED: dict[str, Case] = {
     "inplace-first": Case(inplace_first, BIAS),
     "inplace-activation": Case(inplace_activation, SQUARE | BIAS),
     "inplace-parts": Case(inplace_parts, SQUARE | BIAS),
+    "inplace-on-linear": Case(
+        lambda m, x: F.leaky_relu(F.linear(F.linear(x, m.W, m.b).relu_(), m.W), inplace=True) + x, SQUARE | BIAS, (4, 8)
+    ),
+    "inplace-on-view": Case(inplace_on_view, BIAS, (4, 8)),
+    "einsum": Case(lambda m, x: torch.einsum("ni,oi->no", x, m.W)),
+    "einsum-list": Case(lambda m, x: torch.einsum("ni, io -> no", [x, m.W]).tanh(), SQUARE),
+    "einsum-implicit": Case(lambda m, x: torch.einsum("...j,jk", x, m.W).tanh(), SQUARE, (4, 8)),
+    "tensordot": Case(lambda m, x: torch.tensordot(x, m.W, ([1, 2], [1, 0])), {"W": (8, 4, 3)}, (4, 8)),
+    "batched-matrices": Case(lambda m, x: x @ m.W, {"W": (2, 8, 8)}, (2, 4, 8)),
+    "batched-matrices-left": Case(lambda m, x: m.W @ x, {"W": (2, 8, 4)}, (2, 4, 8)),
+    "matmul-left-deep": Case(lambda m, x: m.W @ x, W, (2, 8, 3)),
+    "divided": Case(lambda m, x: (x / m.b).sin() + m.b / (x + 9), BIAS),
+    "divided-one": Case(lambda m, x: x / m.s + torch.div(m.s, x.exp()), {"s": (1,)}),
+    "expand-over-samples": Case(lambda m, x: (x + m.b.expand(x.shape[0], -1)).sin(), BIAS),
+    "expand-as": Case(lambda m, x: (x * m.P.expand_as(x)).sin(), {"P": (4, 1)}, (4, 8)),
+    "broadcast-to": Case(lambda m, x: (x - torch.broadcast_to(m.b, x.shape)).sin(), BIAS),
+    "written-into-data": Case(
+        lambda m, x: torch.zeros_like(x).index_copy(1, torch.arange(8), x * 2 + m.b.expand_as(x)), BIAS
+    ),
+    "class-token": Case(lambda m, x: torch.cat([m.P.expand(x.shape[0], -1, -1), x], 1), {"P": (1, 1, 8)}, (3, 8)),
+    "class-token-twice": Case(class_token_twice, {"P": (1, 1, 8)}, (3, 8)),
+    "batched-expanded": Case(lambda m, x: torch.bmm(x, m.W.expand(len(x), -1, -1)), SQUARE, (4, 8)),
+    "where": Case(lambda m, x: torch.where(x > 0, x, m.b.expand(len(x), 8)), BIAS),
+    "lookup-of-bare-table": Case(lambda m, x: m.W[(x > 0).long() - 1].flatten(1), {"W": (2, 3)}),
+    "constant-product": Case(lambda m, x: x * F.linear(torch.eye(8, dtype=x.dtype), m.W).sum(0), SQUARE),
+    "unmarked-constant": Case(lambda m, x: (x + F.linear(torch.ones(4, 8, dtype=x.dtype), m.W)).sin(), SQUARE, (4, 8)),
     "unused-branch": Case(lambda m, x: (F.linear(x, m.W), x * m.b)[1], W | BIAS, parameters="b"),
 }
 
 # No rule: right as well, by the oracle, which says so once.
 ORACLE: dict[str, Case] = {
-    "einsum": Case(lambda m, x: torch.einsum("ni,oi->no", x, m.W)),
     "transposed-samples": Case(lambda m, x: (m.W @ x.T).T),
-    "batched-matrices": Case(lambda m, x: x @ m.W, {"W": (2, 8, 8)}, (2, 4, 8)),
     "linear-vector-weight": Case(lambda m, x: F.linear(x, m.b).unsqueeze(-1), BIAS),
     "addmm-scaled": Case(lambda m, x: torch.addmm(m.b, x, m.W, alpha=2, beta=3), SQUARE | BIAS),
-    "divided": Case(lambda m, x: x / m.b, BIAS),
     "inplace-mul": Case(lambda m, x: (x * 1).mul_(m.b), BIAS),
-    "expand-over-samples": Case(lambda m, x: (x + m.b.expand(x.shape[0], -1)).sin(), BIAS),
-    "class-token": Case(lambda m, x: torch.cat([m.P.expand(x.shape[0], -1, -1), x], 1), {"P": (1, 1, 8)}, (3, 8)),
-    "written-into-data": Case(
-        lambda m, x: torch.zeros_like(x).index_copy(1, torch.arange(8), x * 2 + m.b.expand_as(x)), BIAS
+    "inplace-part": Case(inplace_part, {"b": (4,)}),
+    "written-into-buffer": Case(written_into_buffer, {"P": (8,)}),
+    "written-into-constant": Case(written_into_constant, BIAS),
+    "einsum-diagonal": Case(lambda m, x: torch.einsum("ni,ii->ni", x, m.W), SQUARE),
+    "einsum-twice": Case(lambda m, x: torch.einsum("ni,io,jo->nj", x, m.W, m.W), SQUARE),
+    "einsum-samples-last": Case(lambda m, x: torch.einsum("ni,io->on", x, m.W).T, SQUARE),
+    "scaled-by-frequency": Case(
+        lambda m, x: F.embedding((x > 0).long(), m.W, scale_grad_by_freq=True).flatten(1), {"W": (2, 3)}
     ),
+    "own-rows": Case(lambda m, x: (F.linear(torch.ones(len(x), 8, dtype=x.dtype), m.W).relu() * x).sin(), SQUARE),
     "masked-copy": Case(masked_copy, SQUARE),
     "masked-copy-method": Case(masked_copy_method, SQUARE),
     "unused-output": Case(unused_branch, W),
@@ -261,6 +320,9 @@ def test_operation_equals_loop(name: str, dtype: torch.dtype, rtol: float) -> No
         "inplace-residual",
         "inplace-first",
         "einsum",
+        "class-token",
+        "divided",
+        "masked-copy",
     ],
 )
 def test_parameters_that_require_grad_are_captured_the_same_way(name: str) -> None:
@@ -296,12 +358,14 @@ def test_weights_are_kept_as_outer_products(name: str) -> None:
     positions=st.lists(st.integers(1, 4), max_size=2),
     inputs=st.integers(1, 6),
     outputs=st.integers(1, 6),
-    form=st.sampled_from(["linear", "matmul", "transposed", "addmm", "gated"]),
+    form=st.sampled_from(["linear", "matmul", "transposed", "addmm", "gated", "einsum", "lookup"]),
 )
 def test_any_shape_equals_loop(n: int, positions: list[int], inputs: int, outputs: int, form: str) -> None:
     forms: dict[str, Callable[[Any, Tensor], Tensor]] = {
         "linear": lambda m, x: F.linear(x, m.W.T, m.b),
         "matmul": lambda m, x: x @ m.W + m.b,
+        "einsum": lambda m, x: torch.einsum("...i,io->...o", x, m.W) / (m.b + 9),
+        "lookup": lambda m, x: (m.W[(x.sum(-1) > 0).long() % inputs] @ m.W.T.sin() @ m.W * m.b).cos(),
         "transposed": lambda m, x: (x @ m.W).tanh() @ m.W.T,
         "addmm": lambda m, x: torch.addmm(m.b, x.reshape(-1, inputs), m.W).reshape(*x.shape[:-1], outputs),
         "gated": lambda m, x: (x @ m.W).sigmoid() * m.b - m.b,
@@ -313,3 +377,54 @@ def test_any_shape_equals_loop(n: int, positions: list[int], inputs: int, output
     expected = autograd_loop(model, x, references)
     for name, gradient in GradientExtractor(model, chosen)(x, references=references).gradients.items():
         assert_same(gradient.dense(), expected[name])
+
+
+@given(data=st.data(), dims=st.integers(1, 3), groups=st.sampled_from([1, 1, 2, 3]), n=st.integers(1, 4))
+def test_any_convolution_equals_loop(data: st.DataObject, dims: int, groups: int, n: int) -> None:
+    def each(low: int, high: int) -> list[int]:
+        return data.draw(st.lists(st.integers(low, high), min_size=dims, max_size=dims))
+
+    kernel, stride, dilation = each(1, 3), each(1, 3), each(1, 2)
+    padding: Any = data.draw(st.sampled_from([each(0, 2), "valid", "same"]))
+    stride = [1] * dims if padding == "same" else stride
+    size = [extra + step * (k - 1) + 1 for extra, step, k in zip(each(0, 3), dilation, kernel, strict=True)]
+    inputs, outputs = groups * data.draw(st.integers(1, 2)), groups * data.draw(st.integers(1, 2))
+    model = Use(
+        lambda m, x: getattr(F, f"conv{dims}d")(x, m.W, m.b, stride, padding, dilation, groups).sin(),
+        {"W": (outputs, inputs // groups, *kernel), "b": (outputs,)},
+        torch.float64,
+    )
+    assert_captured_as_loop(model, torch.randn(n, inputs, *size, dtype=torch.float64))
+
+
+@given(data=st.data(), others=st.integers(1, 2), n=st.integers(1, 4))
+def test_any_einsum_equals_loop(data: st.DataObject, others: int, n: int) -> None:
+    """Letters of the parameter, of the data and of a constant at random, samples first in the data and the output."""
+    letters, sizes = "abcd", dict(zip("nabcd", [n, *(data.draw(st.integers(1, 3)) for _ in range(4))], strict=True))
+    draw = st.lists(st.sampled_from(letters), max_size=4, unique=True).map("".join)
+    mine, word, constant = data.draw(draw), data.draw(draw), data.draw(draw) if others == 2 else None
+    known = sorted({*mine, *word, *(constant or "")})
+    out = "".join(data.draw(st.permutations(known))[: data.draw(st.integers(0, len(known)))])
+    words = data.draw(
+        st.permutations([("W", mine), ("x", "n" + word), *([("mask", constant)] if constant is not None else [])])
+    )
+    equation = f"{','.join(word for _, word in words)}->n{out}"
+    model = Use(
+        lambda m, x: (
+            torch.einsum(equation, *[x if key == "x" else getattr(m, key) for key, _ in words]).unsqueeze(-1).sin()
+        ),
+        {"W": tuple(sizes[letter] for letter in mine)},
+        torch.float64,
+    )
+    if constant is not None:
+        model.mask = torch.randn([sizes[letter] for letter in constant], dtype=torch.float64)
+    assert_captured_as_loop(model, torch.randn(n, *(sizes[letter] for letter in word), dtype=torch.float64))
+
+
+def assert_captured_as_loop(model: nn.Module, x: Tensor) -> None:
+    references = torch.randn_like(model(x))
+    expected = autograd_loop(model, x, references)
+    extractor = GradientExtractor(model.requires_grad_(False), select_parameters(model, "*"))
+    for name, gradient in extractor(x, references=references).gradients.items():
+        assert_same(gradient.dense(), expected[name])
+    assert not extractor.oracle_parameters

@@ -71,7 +71,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
     "tied": (tied, (8,), True),
     "parametrised": (symmetric, (8,), True),
     "weight-norm": (WeightNormed, (8,), True),
-    "layer-norm": (lambda: nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 8)), (4, 8), False),
+    "layer-norm": (lambda: nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 8)), (4, 8), True),
     "lstm": (lambda: First(nn.LSTM(8, 3, batch_first=True)), (4, 8), False),
     "convolutions": (
         lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.ELU(), nn.ConvTranspose2d(4, 2, 2)),
@@ -79,7 +79,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
         False,
     ),
     "attention": (lambda: First(nn.MultiheadAttention(8, 2, batch_first=True), 3), (4, 8), False),
-    "batch-norm": (batch_norm, (3, 4), False),
+    "batch-norm": (batch_norm, (3, 4), True),
     "prelu-group-norm": (lambda: nn.Sequential(nn.Linear(8, 4), nn.PReLU(4), nn.GroupNorm(2, 4)), (8,), False),
 }
 
@@ -231,7 +231,9 @@ def test_chosen_parameters_only_and_a_glob_that_matches_nothing() -> None:
         per_sample_gradients(model, torch.randn(N, 5), parameters="2.weight")
     with pytest.raises(L3DError, match="is not a regular expression"):
         per_sample_gradients(model, torch.randn(N, 5), parameters="re:(")
-    with pytest.raises(L3DError, match=r"sample: found 'itme', allowed are item; did you mean 'item'\?"):
+    with pytest.raises(
+        L3DError, match=r"sample: found 'itme', allowed are item, token, sequence; did you mean 'item'\?"
+    ):
         per_sample_gradients(model, torch.randn(N, 5), sample="itme")
 
 

@@ -11,6 +11,7 @@ there on, and nothing below the first chosen parameter is differentiated.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from l3d_pl.gradients.forward import batch_size, call_model
 from l3d_pl.gradients.operations import Finish, find, keeps_samples_apart
@@ -31,6 +31,7 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 Steps = list[tuple["Tracked", Finish]]
 
+_MARKS = itertools.count()
 _DETACHING = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
@@ -128,7 +129,7 @@ class Capture(TorchFunctionMode):
         self.model, self.parameters, self.n = model, parameters, n
         self.copy_operands, self.inject_early, self.positions = copy_operands, inject_early, positions
         self.tracked = {id(tensor): Tracked(tensor, (name,), itemgetter(name)) for name, tensor in parameters.items()}
-        self.samples = WeakTensorKeyDictionary()  # tensors that derive from the model's inputs
+        self.mark = next(_MARKS)  # on tensors that derive from the model's inputs
         self.is_frozen = not any(parameter.requires_grad for parameter in model.parameters())
         self.edges: list[GradientEdge] = []
         self.stream: list[GradientEdge] = []
@@ -150,7 +151,7 @@ class Capture(TorchFunctionMode):
             args, kwargs = tree_map_only(Tensor, self._as_leaf, (args, dict(kwargs)))
         for leaf in tree_leaves((args, dict(kwargs))):
             if isinstance(leaf, Tensor):
-                self.samples[leaf] = None
+                leaf._l3d_mark = self.mark  # type: ignore[attr-defined]
         return args, kwargs
 
     def _as_leaf(self, tensor: Tensor) -> Tensor:
@@ -162,36 +163,50 @@ class Capture(TorchFunctionMode):
 
     def is_samples(self, tensor: Tensor) -> bool:
         """Whether it derives from the model's inputs: seen so, or as part of the graph that begins at such a tensor."""
-        return tensor in self.samples or (self.is_frozen and tensor.requires_grad)
+        return getattr(tensor, "_l3d_mark", None) == self.mark or (self.is_frozen and tensor.requires_grad)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
-        result = self._run(func, args, kwargs or {})
-        if self.positions and isinstance(result, Tensor) and result.requires_grad and result.ndim > 2:
-            self.stream += [get_gradient_edge(result)] if result.shape[:2] == (self.n, self.positions) else []
-        return result
-
-    def _run(self, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+        kwargs = kwargs or {}
         tensors = _tensors(args, kwargs)
-        name = getattr(func, "__name__", str(func))
+        operands = [self.tracked[id(arg)] for arg in tensors if id(arg) in self.tracked]
         has_samples = any(map(self.is_samples, tensors))
-        operands = {id(arg): self.tracked[id(arg)] for arg in tensors if id(arg) in self.tracked}
         if not operands or func in _DETACHING or not torch.is_grad_enabled():  # autograd sees no parameter here
             result = func(*args, **kwargs)
-            if self.inject_early and has_samples and torch.is_grad_enabled() and not is_inplace(name):
-                result = self._as_leaf(result) if isinstance(result, Tensor) else result
-        elif has_samples:
-            result = self._use(func, name, args, kwargs, tensors, list(operands.values()))
+            if self.inject_early and has_samples and torch.is_grad_enabled():
+                result = self._begin(result, tensors)
         else:
-            return self._derive(func, name, args, kwargs, tensors, list(operands.values()))
+            name, operands = getattr(func, "__name__", str(func)), list({id(x): x for x in operands}.values())
+            if not has_samples:
+                return self._derive(func, name, args, kwargs, tensors, operands)
+            result = self._use(func, name, args, kwargs, tensors, operands)
         if has_samples:
-            written = [args[0]] if args and (is_inplace(name) or name == "__setitem__") else []
-            for tensor in _tensors((result, *written, kwargs.get("out")), {}):
-                self.samples[tensor] = None
-                if written and tensor._base is not None:
-                    self.samples[tensor._base] = None
+            self._receive_result(getattr(func, "__name__", ""), args, kwargs, result)
         return result
+
+    def _receive_result(self, name: str, args: Args, kwargs: Kwargs, result: Any) -> None:
+        """What an operation on samples gives, or writes into, derives from the inputs too."""
+        if isinstance(result, Tensor):
+            result._l3d_mark = self.mark  # type: ignore[attr-defined]
+            if self.positions and result.requires_grad and result.ndim > 2:
+                self.stream += [get_gradient_edge(result)] if result.shape[:2] == (self.n, self.positions) else []
+        elif isinstance(result, (tuple, list)):
+            for part in _tensors((result,), {}):
+                part._l3d_mark = self.mark  # type: ignore[attr-defined]
+        if is_inplace(name) or name == "__setitem__" or "out" in kwargs:
+            for written in _tensors((kwargs.get("out", args[0] if args else None),), {}):
+                for tensor in (written, written._base):
+                    if tensor is not None:
+                        tensor._l3d_mark = self.mark  # type: ignore[attr-defined]
+
+    def _begin(self, result: Any, tensors: list[Tensor]) -> Any:
+        """Let the graph begin at the first activation, unless it has begun."""
+        if not isinstance(result, Tensor) or any(result is tensor for tensor in tensors) or result.ndim == 0:
+            return result
+        if result.requires_grad:
+            self.inject_early = False
+        return self._as_leaf(result) if self.inject_early and result.shape[0] % self.n == 0 else result
 
     def _derive(
         self,
