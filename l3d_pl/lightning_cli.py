@@ -256,6 +256,9 @@ class ParamsCLI(L3DCLI):
             config.model.target = instantiate_class((), {"init_args": {}, **untrained})
             config.model.target_weights = None
             self.notes = [f"target {missing} is not there yet: this is an untrained one of {recipe}"]
+        data = getattr(config.data, "init_args", None) or {}
+        if data.get("max_rows", 0) != 0 and not data.get("streaming"):  # of what would be stored, enough for a batch
+            data["max_rows"], data["n_val"] = min(8 * data["batch_size"], data["max_rows"] or sys.maxsize), 1
 
     def instantiate_trainer(self, **kwargs: Any) -> None:  # type: ignore[override]
         """There is nothing to run, so no logger is opened either."""

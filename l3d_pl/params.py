@@ -83,7 +83,7 @@ def print_params(model: L3D, batch: Any | None, notes: list[str]) -> None:
             row.reason,
         )
     console = Console()
-    (console if console.width >= 120 else Console(width=120)).print(table)
+    (console if console.is_terminal else Console(width=160)).print(table)
     for line in [*totals(model, rows), *notes]:
         Console(soft_wrap=True).print(Text(line))
 

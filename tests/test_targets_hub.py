@@ -268,12 +268,12 @@ def test_model_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, fail: bool = False) -> list[dict[str, Any]]:
-    """A torchvision with one model `small` and published weights; returns the arguments it is asked to fetch them with."""
+    """A torchvision with one model `small` with published weights; returns the arguments of each request for them."""
     fetched: list[dict[str, Any]] = []
 
     class Weights(enum.Enum):
         IMAGENET1K_V1 = "url"
-        DEFAULT = "url"  # noqa: PIE796: torchvision's is another name for the same
+        DEFAULT = "url"  # noqa: PIE796
 
         def get_state_dict(self, **options: Any) -> dict[str, Tensor]:
             if fail:

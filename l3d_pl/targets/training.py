@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -205,9 +206,9 @@ def fit_target(
 
 
 def _language_figures(model: nn.Module, data: Any, held_out_loss: float) -> dict[str, float]:
-    vocabulary = model.config.vocab_size  # type: ignore[union-attr]
-    train_loss = mean_loss(model, data.first_dataloader())
-    baselines = ngram_losses(data.first_dataloader(), data.val_dataloader(), int(vocabulary))  # type: ignore[arg-type]
+    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    train_loss = mean_loss(model, islice(data.first_dataloader(), 100))
+    baselines = ngram_losses(data.first_dataloader(), data.test_dataloader(), vocabulary)
     return {"train_loss": train_loss, "perplexity": math.exp(held_out_loss), **baselines}
 
 
