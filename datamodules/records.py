@@ -170,11 +170,12 @@ def _parquet(file: str, columns: Sequence[str]) -> Iterator[Record]:
 
 def _json(file: str, columns: Sequence[str]) -> Iterator[Record | Unfit | None]:
     with _open(file) as opened:
-        if file.endswith(".json") and opened.read(1) == b"[":
+        if file.endswith(".json"):  # one array, or lines under another name
+            if opened.read(1) == b"[":
+                opened.seek(0)
+                yield from json.load(opened)
+                return
             opened.seek(0)
-            yield from json.load(opened)
-            return
-        opened.seek(0)
         for line in opened:
             try:
                 record = json.loads(line) if line.strip() else None

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -367,6 +368,10 @@ def stored(folder: Path, write: Callable[[Path], None]) -> Path:
 # ---------------------------------------------------------------- the data module
 
 
+def _scattered(file: str) -> int:
+    return zlib.crc32("/".join(file.split("/")[-2:]).encode())
+
+
 class FileData(InMemoryData):
     """What `TextData` and `ImageData` share. Arguments that both have are described here.
 
@@ -386,7 +391,8 @@ class FileData(InMemoryData):
         steps_per_epoch: batches that are called an epoch of a stream.
         shuffle: whether training data come in a new order in every pass.
         shuffle_buffer: records of a stream that are kept and shuffled together.
-        max_rows: use only this many training records, the first good ones. Not for a stream: so few are stored.
+        max_rows: use only this many training records, the first good ones (a folder of images has its classes mixed).
+            Not for a stream: so few are stored.
         n_val: use only this many rows for validation, and for test; None: all.
         batch_size: training rows per batch and process.
         val_batch_size: the same for validation and test; None: `batch_size`.
@@ -508,6 +514,8 @@ class FileData(InMemoryData):
         if self._sources:
             return
         format, files = find_files(self.source, self.config)
+        if format == "imagefolder":  # where the first so many are not to be all of one class
+            files = {split: sorted(names, key=_scattered) for split, names in files.items()}
         splits = dict(self.splits)
         if splits["val"] is None:
             splits["val"] = next((name for name in ("validation", "val") if name in files), None)
