@@ -114,6 +114,16 @@ def class_token_twice(m: Any, x: Tensor) -> Tensor:
     return (x.sin() + token).cos()
 
 
+def own_rows_twice(m: Any, x: Tensor) -> Tensor:
+    ones = torch.ones(len(x), 8, dtype=x.dtype)
+    return (x + torch.einsum("ni,io,jo->nj", ones, m.W, m.W)).sin()
+
+
+def joined_over_samples(m: Any, x: Tensor) -> Tensor:
+    bias, x = torch.cat([m.b.expand(len(x), -1), x]).chunk(2)
+    return (x * bias.flip(0)).sin()
+
+
 def written_into_buffer(m: Any, x: Tensor) -> Tensor:
     h = x.new_zeros(len(x), 2, 8)
     h[:, 0], h[:, 1] = m.P, x
@@ -263,6 +273,9 @@ ORACLE: dict[str, Case] = {
         lambda m, x: F.embedding((x > 0).long(), m.W, scale_grad_by_freq=True).flatten(1), {"W": (2, 3)}
     ),
     "own-rows": Case(lambda m, x: (F.linear(torch.ones(len(x), 8, dtype=x.dtype), m.W).relu() * x).sin(), SQUARE),
+    "einsum-broadcast": Case(lambda m, x: torch.einsum("ni,io->no", x, m.W), {"W": (1, 8)}),
+    "own-rows-twice": Case(own_rows_twice, SQUARE),
+    "joined-over-samples": Case(joined_over_samples, BIAS),
     "masked-copy": Case(masked_copy, SQUARE),
     "masked-copy-method": Case(masked_copy_method, SQUARE),
     "unused-output": Case(unused_branch, W),

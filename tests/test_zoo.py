@@ -105,6 +105,15 @@ def test_activation_checkpointing_anywhere(name: str, oracle: str, parameters: s
     assert_captured(model, model, x, oracle, parameters=parameters)
 
 
+def test_a_pass_that_is_repeated_draws_the_same_references() -> None:
+    model, x = ZOO["checkpointed"].model(), ZOO["checkpointed"].batch()
+    extractor = GradientExtractor(model, select_parameters(model, "blocks.*"), reference="uniform")
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    first, second = (extractor(x, generator).references for generator in generators)  # the first begins twice
+    assert torch.equal(first, second)
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
 @pytest.mark.parametrize(
     ("name", "operation"),
     [

@@ -140,9 +140,11 @@ class GradientExtractor:
                     gradients = capture.gradients(output, cotangent)
                 else:
                     gradients = self._passes.gradients(capture, output, cotangent, samples)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # activation checkpointing: what is computed again must be what `capture` has seen
+            except (
+                RuntimeError
+            ) as error:  # what activation checkpointing computes again must be what `capture` has seen
+                if "torch.utils.checkpoint" not in str(error):
+                    raise
                 if not self._inject_early:
                     self._inject_early = True
                     if generator is not None and drawn is not None:
