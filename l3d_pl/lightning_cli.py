@@ -143,7 +143,7 @@ def missing_target(model: Any) -> str | None:
     That is `target_weights`, or else the `pretrained` of its target.
     """
     place = model.target_weights or (getattr(model.target, "init_args", None) or {}).get("pretrained")
-    return None if place is None or Path(place).exists() else place
+    return place if isinstance(place, str) and not Path(place).exists() else None
 
 
 class L3DCLI(LightningCLI):

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from l3d_pl import per_sample_gradients
+from l3d_pl.cli import find_config, main
 from l3d_pl.errors import L3DError
+from l3d_pl.lightning_cli import missing_target
 from l3d_pl.targets.frozen import fingerprint, freeze, select_parameters
 from l3d_pl.targets.hub import image_classifier, language_model
 from l3d_pl.targets.language import gpt_neo, mean_loss, next_token_loss, ngram_losses
@@ -364,6 +367,18 @@ def test_ngram_losses_are_those_of_the_text() -> None:
     assert 4 < ngram_losses([ordered], [unseen], 10)["bigram_loss"] < 20  # rare, and not impossible
 
 
+def test_missing_target_is_a_place_that_is_not_there(tmp_path: Path) -> None:
+    def model(weights: str | None, **init_args: Any) -> Any:
+        return types.SimpleNamespace(target_weights=weights, target=types.SimpleNamespace(init_args=init_args))
+
+    there = str(tmp_path)
+    assert missing_target(model(None, pretrained="nowhere/lm")) == "nowhere/lm"
+    assert missing_target(model("w.safetensors", pretrained=there)) == "w.safetensors"
+    assert missing_target(model(None, pretrained=there)) is None
+    assert missing_target(model(None, pretrained=True)) is None  # timm's is a switch
+    assert missing_target(model(None)) is None
+
+
 def test_gpt_neo_refuses_what_it_cannot_be() -> None:
     assert refused(gpt_neo, width=10, heads=4) == "heads: found 4, allowed are divisors of width = 10"
     assert "layers: found 3" in refused(gpt_neo, layers=3)
@@ -380,3 +395,37 @@ def test_saving_leaves_what_is_no_model_alone(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "lm/target.json").read_text())["loss"] == 1.5
     assert fingerprint(language_model(str(tmp_path / "lm"))) == fingerprint(model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lm", "notes"]
+
+
+def test_fit_trains_a_missing_language_model_and_uses_its_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["l3d"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # put back afterwards: `seed_everything` leaves it behind
+    monkeypatch.setattr("l3d_pl.report.write_report", lambda run_dir: None)
+    recipe = yaml.safe_load(Path(find_config("targets/pydoc_lm")).read_text())
+    recipe["model"]["model"]["init_args"] |= {"vocabulary": 300, "width": 16, "layers": 2, "heads": 2, "context": 16}
+    recipe["data"]["init_args"] |= {"vocabulary": 300, "length": 16, "max_sequences": 40, "n_val": 20}
+    recipe["trainer"] |= {"max_epochs": 1, "enable_progress_bar": False}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    args = ["fit", "--config", "pydoc_lm", "--model.target_config", "recipe.yaml", "--trainer.max_steps", "2"]
+    args += ["--model.target.init_args.pretrained", "models/lm", "--data.init_args.tokenizer", "models/lm"]
+    args += ["--model.parameters", '["*.h.1.attn.attention.*_proj.weight"]', "--model.n_subnetworks", "5"]
+    args += ["--model.init_samples", "40", "--model.swap_samples", "40", "--data.init_args.n_val", "20"]
+    args += ["--trainer.enable_progress_bar", "false", "--data.init_args.max_sequences", "60"]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert "target models/lm is not there: training it with recipe.yaml" in out
+    assert "bigram_loss" in out
+    trained = fingerprint(language_model("models/lm"))
+    checkpoint = torch.load("runs/pydoc_lm/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["l3d"]["target_fingerprint"] == trained
+    assert main([*args, "--trainer.default_root_dir", "again"]) == 0
+    assert "training it" not in capsys.readouterr().out
+    assert fingerprint(language_model("models/lm")) == trained
+
+    recipe["model"]["model"]["init_args"]["vocabulary"] = 299
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["target", "--config", "recipe.yaml"]) == 2
+    assert "vocabulary: found 299, the data's tokenizer has 300 tokens" in capsys.readouterr().err

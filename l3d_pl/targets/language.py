@@ -62,7 +62,10 @@ def gpt_neo(
         eos_token_id=None,
         use_cache=False,
     )
-    return GPTNeoForCausalLM(config)
+    model = GPTNeoForCausalLM(config)
+    # GPT-Neo's own 0.02 is for a width of 2,048; a narrow model would spend epochs on growing out of it.
+    nn.init.normal_(model.transformer.wte.weight, std=width**-0.5)
+    return model
 
 
 def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:

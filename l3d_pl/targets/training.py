@@ -145,8 +145,9 @@ class TargetTraining(LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise L3DError("trainer: schedule one_cycle needs an end; set max_epochs or max_steps")
+        rise = 0.2 if steps == 10 else 0.1  # torch divides by zero where the rise is a single step
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.lr, total_steps=int(steps), pct_start=0.1, cycle_momentum=False
+            optimizer, max_lr=self.lr, total_steps=int(steps), pct_start=rise, cycle_momentum=False
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
