@@ -21,7 +21,6 @@ from l3d_pl.batch_topk import batch_topk
 from l3d_pl.divergence import DivergenceLike, make_divergence
 from l3d_pl.errors import L3DError
 from l3d_pl.gradients import GradientExtractor
-from l3d_pl.gradients.forward import batch_size, inputs_of
 from l3d_pl.provenance import provenance
 from l3d_pl.subnetworks import Prepared, Subnetworks
 from l3d_pl.targets.frozen import fingerprint, freeze, select_parameters
@@ -29,7 +28,7 @@ from l3d_pl.targets.frozen import fingerprint, freeze, select_parameters
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CONFIG_KEYS = (
-    *("n_subnetworks", "parameters", "divergence", "reference", "k", "threshold"),
+    *("n_subnetworks", "parameters", "divergence", "reference", "sample", "k", "threshold"),
     *("target_class", "target_fingerprint", "figures", "seed", "run_config", "provenance"),
 )
 
@@ -73,7 +72,7 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
     Args:
         subnetworks: V_in and V_out.
         target: the target model; without it only the directions themselves can be read (`attach` gives it later).
-        divergence, reference: as in training.
+        divergence, reference, sample: as in training.
         k: the fraction kept by batch top-k.
         threshold: running mean of batch top-k's threshold.
         p_act: share of held-out samples in whose reconstruction each subnetwork took part, [n_v].
@@ -88,6 +87,7 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         target: nn.Module | None = None,
         divergence: DivergenceLike = "mse",
         reference: str = "random",
+        sample: str = "item",
         k: float = 0.1,
         threshold: float = 0.0,
         p_act: Tensor | None = None,
@@ -97,7 +97,7 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         run_config: Mapping[str, Any] | None = None,
     ):
         self.subnetworks = subnetworks.requires_grad_(False)
-        self.divergence, self.reference = make_divergence(divergence), reference
+        self.divergence, self.reference, self.sample = make_divergence(divergence), reference, sample
         self.k, self.threshold = k, threshold
         self.p_act = torch.zeros(subnetworks.n_subnetworks) if p_act is None else p_act
         self.mean_reference, self.figures, self.seed = mean_reference, dict(figures or {}), seed
@@ -150,7 +150,7 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
 
     def _gradients(self, inputs: Any, references: Tensor | None, generator: torch.Generator | None) -> Prepared:
         chosen = select_parameters(self.target, list(self.subnetworks.shapes))
-        extractor = GradientExtractor(self.target, chosen, self.divergence, self.reference)
+        extractor = GradientExtractor(self.target, chosen, self.divergence, self.reference, self.sample)
         return self.subnetworks.prepare(extractor(inputs, generator, references).gradients)
 
     # -- reading it -------------------------------------------------------------------------------------------------
@@ -187,8 +187,6 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
                     "encode: this decomposition holds no mean reference (it was never validated); give references="
                 )
             references = self.mean_reference.unsqueeze(0)
-        n = batch_size(inputs_of(inputs))
-        references = references.expand(n, *references.shape[1:])
         c = self.subnetworks.coefficients(self._gradients(inputs, references, None))[:, 0]
         return c * (c.abs() >= self.threshold)
 
@@ -242,6 +240,7 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
             },
             "divergence": self.divergence.name,
             "reference": self.reference,
+            "sample": self.sample,
             "k": self.k,
             "threshold": self.threshold,
             "target_class": self.target_class,
@@ -363,6 +362,7 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
             subnetworks,
             divergence=given,
             reference=config["reference"],
+            sample=config["sample"],
             k=config["k"],
             threshold=config["threshold"],
             p_act=tensors.get("p_act"),

@@ -19,7 +19,7 @@ from l3d_pl.decomposition import Decomposition
 from l3d_pl.divergence import REFERENCES, Divergence
 from l3d_pl.errors import L3DError, require_choice
 from l3d_pl.gradients import Extraction, GradientExtractor, SampleGradient, concatenate
-from l3d_pl.gradients.forward import batch_size, inputs_of, tensors_of
+from l3d_pl.gradients.forward import inputs_of, tensors_of
 from l3d_pl.initialisation import start_from_gradients
 from l3d_pl.metrics import Activity, Reconstruction
 from l3d_pl.repair import Anchor, candidates, replace, state_of, swap
@@ -63,7 +63,10 @@ class L3D(L.LightningModule):
         ranks: Tucker rank: an int, a fraction of each dimension, a list with one per mode, or {pattern: one of these}.
         divergence: `mse`, `kl`, or an instance of `l3d_pl.divergence.Divergence`.
         reference: `random`, `mean`, `uniform`, `contrastive`.
-        sample: what a sample is: `item`.
+        sample: what a sample is: `item`, `token` (a position, by its own divergence), `sequence` (their sum).
+        tokens_per_sequence: of token samples, so many positions of each sequence, drawn anew; None: all that count.
+        autocast: run the frozen model in `bf16` or `fp16` (V_in and V_out stay float32); None: in its own precision.
+        memory_budget: GiB that the intermediate results of a step may take together; larger ones are made in pieces.
         recipe: `l3d_pl` or `paper`; sets `init`, `k_start`, `lr_schedule`, `swap_every` where they are not given.
         init: `gradients` (K-lines over `init_samples` sample gradients) or `random`.
         k_start: k grows geometrically from this share of k over the first half of training; 1: k throughout.
@@ -103,6 +106,9 @@ class L3D(L.LightningModule):
         divergence: str | Divergence = "mse",
         reference: str = "random",
         sample: str = "item",
+        tokens_per_sequence: int | None = None,
+        autocast: str | None = None,
+        memory_budget: float = 1.0,
         recipe: str = "l3d_pl",
         init: str | None = None,
         k_start: float | None = None,
@@ -149,13 +155,14 @@ class L3D(L.LightningModule):
         target = freeze(target)
         chosen = select_parameters(target, parameters)
         object.__setattr__(self, "target", target)  # past nn.Module's registry: W0 is in no checkpoint and no optimizer
-        self.extractor = GradientExtractor(target, chosen, divergence, reference, sample)
+        self.extractor = GradientExtractor(target, chosen, divergence, reference, sample, tokens_per_sequence, autocast)
         self.subnetworks = Subnetworks(
             {name: tensor.shape for name, tensor in chosen.items()},
             n_subnetworks,
             ranks,
             restarts,
             self._generator("start"),
+            memory_budget,
         )
         self.threshold = RunningThreshold(restarts)
         self.train_activity, self.val_activity = Activity(restarts, n_subnetworks), Activity(restarts, n_subnetworks)
@@ -306,7 +313,7 @@ class L3D(L.LightningModule):
                 self.extractor.check(batch, extraction)
             if self._prepare(extraction, batch, batch_idx) is not None:
                 parts.append(extraction.gradients)
-            seen += batch_size(inputs_of(batch))
+            seen += extraction.n_samples
             if seen >= wanted:
                 break
         if seen == 0:
@@ -393,7 +400,7 @@ class L3D(L.LightningModule):
             self.val_threshold_loss.update(self.subnetworks.reconstruct(prepared, c * alone).loss, prepared.energy)
             self.val_activity.update(alone.sum(0), prepared.n_samples)
             outputs = self.extractor.divergence.to_mean(extraction.outputs)
-            outputs = outputs[outputs.flatten(1).isfinite().all(1)]  # without the samples that were skipped
+            outputs = outputs[outputs.flatten(1).isfinite().all(1)]  # without samples that were skipped, or masked
             self._held_out_outputs.append((outputs.sum(0), len(outputs)))
 
     def on_validation_epoch_end(self) -> None:
@@ -515,6 +522,7 @@ class L3D(L.LightningModule):
             target=self.target,
             divergence=self.extractor.divergence,
             reference=self.extractor.reference,
+            sample=self.extractor.sample,
             k=self.k,
             threshold=float(self.threshold.value[best]),
             p_act=self.p_act[best].clone(),

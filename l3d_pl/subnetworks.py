@@ -25,12 +25,10 @@ from torch import Tensor, nn
 from l3d_pl.errors import L3DError, did_you_mean
 from l3d_pl.gradients import DenseGradient, OuterGradient, SampleGradient
 from l3d_pl.targets.frozen import matches_pattern
-from l3d_pl.tucker import CHUNK, Matrices, Rank, Tucker, TuckerParameters, dense_block, resolve_ranks
+from l3d_pl.tucker import Matrices, Rank, Tucker, TuckerParameters, dense_block, resolve_ranks
 
 # Below this many values the factored form of a parameter costs more calls than it saves multiplications.
 SMALL_PARAMETER = 4096
-# A dense parameter may take so many times the memory of one intermediate result.
-BLOCK_CHUNKS = 8
 
 
 def ranks_per_parameter(
@@ -89,6 +87,10 @@ class Directions(nn.Module):
         self.n = n
         for name, shape in shapes.items():
             self.add_module(name.replace(".", "/"), TuckerParameters(n, shape, ranks[name], generator))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def parameters_of(self, name: str) -> TuckerParameters:
         return self.get_submodule(name.replace(".", "/"))  # type: ignore[return-value]
@@ -238,7 +240,7 @@ class Subnetworks(nn.Module):
         ranks: Tucker rank: an int, a fraction, a list per mode, or {pattern: one of these}.
         restarts: R decompositions side by side.
         generator: random state of the start, the same on every process.
-        chunk: values that an intermediate result of a step may have; larger ones are computed in pieces.
+        memory_budget: GiB that the intermediate results of a step may take together.
 
     Raises:
         L3DError: n_v or restarts below 1, invalid ranks.
@@ -251,7 +253,7 @@ class Subnetworks(nn.Module):
         ranks: Rank | Mapping[str, Rank] = 1,
         restarts: int = 1,
         generator: torch.Generator | None = None,
-        chunk: int = CHUNK,
+        memory_budget: float = 1.0,
     ):
         super().__init__()
         if n_subnetworks < 1:
@@ -260,7 +262,9 @@ class Subnetworks(nn.Module):
             raise L3DError(f"restarts: found {restarts}; at least 1 is needed")
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.ranks = ranks_per_parameter(self.shapes, ranks)
-        self.n_subnetworks, self.restarts, self.chunk = n_subnetworks, restarts, chunk
+        if not memory_budget > 0:
+            raise L3DError(f"memory_budget: found {memory_budget}; allowed are GiB > 0")
+        self.n_subnetworks, self.restarts, self.memory_budget = n_subnetworks, restarts, memory_budget
         self.v_out = Directions(self.shapes, self.ranks, restarts * n_subnetworks, generator)
         self.v_out.normalise_()
         self.v_in = Directions(self.shapes, self.ranks, restarts * n_subnetworks, generator)
@@ -268,19 +272,25 @@ class Subnetworks(nn.Module):
 
     # -- layout -----------------------------------------------------------------------------------------------------
 
+    @property
+    def chunk(self) -> int:
+        """Values that one intermediate result of a step may have: what the caches like, a sixteenth of the budget."""
+        likes = 2**26 if self.v_out.device.type == "cuda" else 2**20
+        return min(likes, int(self.memory_budget * 2**28 / 16))
+
     def is_dense(self, name: str, gradient: SampleGradient) -> bool:
         """Whether a parameter joins the dense block."""
         return self.path_of(name, gradient)[0] == "dense"
 
     def path_of(self, name: str, gradient: SampleGradient) -> tuple[str, str]:
-        """How a parameter is contracted, `dense` or `factored`, and why: memory first, then a step's multiplications."""
+        """`dense` or `factored`: how a parameter is contracted, and why (memory first, then multiplications of a step)."""
         size, n, ranks = math.prod(self.shapes[name]), self.v_out.n, self.ranks[name]
         if not isinstance(gradient, OuterGradient):
             return "dense", "its gradients are no outer products"
         if size <= SMALL_PARAMETER:
             return "dense", f"small: {size} values"
         values = (2 * gradient.n_samples + 4 * n) * size  # gradients, residuals, both sides and their gradients
-        if values > self.chunk * BLOCK_CHUNKS:
+        if values > self.memory_budget * 2**28:
             return "factored", f"dense would hold {4 * values / 2**30:.2g} GiB, above the memory budget"
         b, t, s, rows, columns = gradient.sizes
         rank = min(ranks[0], math.prod(ranks[1:]))

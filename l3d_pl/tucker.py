@@ -140,7 +140,7 @@ def _gram_through_rows(v: Matrices, weights: Tensor, gram: Tensor, d: Matrices, 
     gram.zero_()
     d.right.zero_()
     twice = 2 * weights
-    step = max(1, chunk // (n * columns))
+    step = max(1, chunk // (2 * n * columns))
     for i in range(0, rows, step):
         left = v.left[:, i : i + step]
         dense = torch.bmm(left, v.right).flatten(1)  # [n, some rows * columns]

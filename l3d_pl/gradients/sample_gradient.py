@@ -182,7 +182,7 @@ class OuterGradient(SampleGradient):
     def contract(self, matrices: Matrices, chunk: int = CHUNK) -> tuple[Tensor, list[Tensor]]:
         """<g_i, v_k> = sum_s D_is . (V_k A_s), [N, n], and what `contract_backward` needs of the way there.
 
-        With one sample per group both sides go through the factors, and only [B, S, n, R] exists. Where samples share
+        With one sample per group both sides go through the factors, and only [n, R, B * S] exists. Where samples share
         their inputs, V_k A_s is formed once for all of them. Both happen for so many subnetworks at a time that an
         intermediate result has `chunk` values at most.
         """
@@ -193,11 +193,11 @@ class OuterGradient(SampleGradient):
         if t == 1:
             for part in (slices := _slices(n, 2 * b * s * rank, chunk)):
                 saved = [self._inputs_through(in_side[part]), self._outputs_through(out_side[part])]
-                parts.append((saved[0] * saved[1]).view(b, 1, s, -1, rank).sum((2, 4)))
-            return self._pick(torch.cat(parts, 2)), saved if len(slices) == 1 else []
+                parts.append((saved[0] * saved[1]).sum(1).view(-1, b, s).sum(2))
+            return self._pick(torch.cat(parts).mT.unsqueeze(1)), saved if len(slices) == 1 else []
         outputs, a = self.outputs.reshape(b, t, s * rows), self._inputs_through(in_side)
         for part in _slices(n, b * s * rows, chunk):
-            pushed = torch.bmm(a[:, part].transpose(0, 1), out_side[part].mT)  # V_k A_s, [n, B * S, rows]
+            pushed = torch.bmm(a[part].mT, out_side[part].mT)  # V_k A_s, [n, B * S, rows]
             parts.append(torch.bmm(outputs, pushed.view(-1, b, s * rows).permute(1, 2, 0)))
         return self._pick(torch.cat(parts, 2)), [a]
 
@@ -207,13 +207,13 @@ class OuterGradient(SampleGradient):
         out_side, in_side = self._oriented(matrices)
         n, rank = in_side.shape[:2]
         d = self._spread(d)  # [B, T, n]
-        d_out, d_in = torch.empty_like(out_side), torch.empty_like(in_side)
+        d_out = out_side.new_empty(n, rank, rows)
         if t == 1:
+            d_in = torch.empty_like(in_side)
             for part in _slices(n, 2 * b * s * rank, chunk):
                 a, c = saved or (self._inputs_through(in_side[part]), self._outputs_through(out_side[part]))
-                weights = d[:, :, part].expand(b, s, -1).reshape(b * s, -1, 1)
-                through = self.outputs.reshape(b * s, rows).mT @ (weights * a).flatten(1)
-                d_out[part] = through.view(rows, -1, rank).transpose(0, 1)
+                weights = d[:, 0, part].mT.repeat_interleave(s, 1).unsqueeze(1)  # [n, 1, B * S]
+                d_out[part] = ((weights * a).flatten(0, 1) @ self.outputs.reshape(b * s, rows)).view(-1, rank, rows)
                 d_in[part] = self._back_to_inputs(weights * c)
         else:
             outputs, a = self.outputs.reshape(b, t, s * rows), saved[0]
@@ -223,30 +223,30 @@ class OuterGradient(SampleGradient):
                 d_pushed = a.new_empty(weights.shape[1], b, s * rows)
                 torch.bmm(weights, outputs, out=d_pushed.transpose(0, 1))
                 d_pushed = d_pushed.view(-1, b * s, rows)
-                torch.bmm(d_pushed, out_side[part], out=d_a[:, part].transpose(0, 1))
-                torch.bmm(d_pushed.mT, a[:, part].transpose(0, 1), out=d_out[part])
+                torch.bmm(out_side[part].mT, d_pushed.mT, out=d_a[part])
+                torch.bmm(a[part], d_pushed, out=d_out[part])
             d_in = self._back_to_inputs(d_a)
-        return Matrices(d_in.mT, d_out.mT) if self.is_transposed else Matrices(d_out, d_in)
+        return Matrices(d_in.mT, d_out) if self.is_transposed else Matrices(d_out.mT, d_in)
 
     def _inputs_through(self, in_side: Tensor) -> Tensor:
-        """A through [n, R, columns]: [B * S, n, R]."""
+        """A through [n, R, columns]: [n, R, B * S]."""
         if self.is_one_hot:
-            return in_side.permute(2, 0, 1)[self.inputs.flatten()]
+            return in_side[:, :, self.inputs.flatten()]
         n, rank, columns = in_side.shape
-        return (self.inputs.reshape(-1, columns) @ in_side.reshape(n * rank, columns).mT).view(-1, n, rank)
+        return (in_side.reshape(n * rank, columns) @ self.inputs.reshape(-1, columns).mT).view(n, rank, -1)
 
     def _outputs_through(self, out_side: Tensor) -> Tensor:
-        """D, of one sample per group, through [n, rows, R]: [B * S, n, R]."""
+        """D, of one sample per group, through [n, rows, R]: [n, R, B * S]."""
         n, rows, rank = out_side.shape
-        through = self.outputs.reshape(-1, rows) @ out_side.transpose(0, 1).reshape(rows, n * rank)
-        return through.view(-1, n, rank)
+        return (out_side.mT.reshape(n * rank, rows) @ self.outputs.reshape(-1, rows).mT).view(n, rank, -1)
 
     def _back_to_inputs(self, d_a: Tensor) -> Tensor:
-        """The gradient at in_side [n, R, columns] from that at `_inputs_through`'s result [B * S, n, R]."""
-        columns, shape = self.sizes[4], d_a.shape[1:]
+        """The gradient at in_side [n, R, columns] from that at `_inputs_through`'s result [n, R, B * S]."""
+        n, rank, _ = d_a.shape
+        columns = self.sizes[4]
         if self.is_one_hot:
-            return d_a.new_zeros(columns, *shape).index_add_(0, self.inputs.flatten(), d_a).permute(1, 2, 0)
-        return (d_a.flatten(1).mT @ self.inputs.reshape(-1, columns)).view(*shape, columns)
+            return d_a.new_zeros(n, rank, columns).index_add_(2, self.inputs.flatten(), d_a)
+        return (d_a.flatten(0, 1) @ self.inputs.reshape(-1, columns)).view(n, rank, columns)
 
     def _oriented(self, matrices: Matrices) -> tuple[Tensor, Tensor]:
         """The matrices as out_side [n, rows, R] and in_side [n, R, columns] of this gradient's own view."""
