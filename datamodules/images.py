@@ -44,8 +44,9 @@ class ImageRows(Dataset[Batch]):
 
     def __getitem__(self, rows: Tensor) -> Batch:
         starts = [0 if row == 0 else self.ends[row - 1] for row in rows.tolist()]
+        labels = self.labels[rows.numpy()].tolist()
         files = [self.images[a:b].tobytes() for a, b in zip(starts, self.ends[rows.numpy()], strict=True)]
-        return self.data.batch([self.data.decode(file) for file in files], self.labels[rows.numpy()].tolist())
+        return self.data.batch([self.data.decode(content) for content in zip(files, labels, strict=True)], labels)
 
 
 class ImageData(FileData):
@@ -126,14 +127,18 @@ class ImageData(FileData):
         except ValueError:
             raise Unfit(f"label {label!r} is no whole number, and `classes` names none") from None
 
-    def decode(self, file: bytes) -> Tensor:
-        """An encoded image as uint8 [C, H, W]. Raises `Unfit`."""
+    def examine(self, content: tuple[bytes, int]) -> Image.Image:
+        """The image, decoded to its last byte. Raises `Unfit`."""
         try:
-            with Image.open(io.BytesIO(file)) as opened:
-                image = opened.convert("RGB" if len(self.mean) == 3 else "L")
+            with Image.open(io.BytesIO(content[0])) as opened:
+                return opened.convert("RGB" if len(self.mean) == 3 else "L")
         except Exception as error:  # damage can make Pillow raise nearly anything
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise Unfit(f"no image that can be decoded ({reason})") from None
+
+    def decode(self, content: tuple[bytes, int]) -> Tensor:
+        """The image as a batch has it but for the normalisation, uint8 [C, H, W]. Raises `Unfit`."""
+        image = self.examine(content)
         scale = self.resize / min(image.size)
         width, height = (max(self.size, round(scale * side)) for side in image.size)
         if image.size != (width, height):
@@ -143,11 +148,8 @@ class ImageData(FileData):
         return torch.from_numpy(pixels).reshape(self.size, self.size, -1).permute(2, 0, 1)
 
     def batch(self, images: list[Tensor], labels: list[int]) -> Batch:
-        inputs = {self.input_key: (torch.stack(images).float() / 255 - self.mean) / self.std}
+        inputs = {self.input_key: torch.stack(images).float().sub_(255 * self.mean).div_(255 * self.std)}
         return inputs if len(self.columns) == 1 else {**inputs, "labels": torch.tensor(labels)}
-
-    def examine(self, content: tuple[bytes, int]) -> None:
-        self.decode(content[0])
 
     def write(self, folder: Path, contents: Iterator[tuple[bytes, int]], limit: int | None) -> int:
         ends, labels = [0], list[int]()
@@ -165,10 +167,10 @@ class ImageData(FileData):
 
     def collate(self, samples: list[Any]) -> tuple[Batch | None, list[BadRecord]]:
         images, labels, bad = list[Tensor](), list[int](), list[BadRecord]()
-        for (file, label), name, row in samples:
+        for content, name, row in samples:
             try:
-                images.append(self.decode(file))
-                labels.append(label)
+                images.append(self.decode(content))
+                labels.append(content[1])
             except Unfit as unfit:
                 bad.append(BadRecord(name, row, str(unfit)))
         return (self.batch(images, labels) if images else None), bad

@@ -281,7 +281,7 @@ class StreamedBatches:
 
         while True:
             records: list[Any] = []
-            whole_pass, any_good = (mark.file, mark.row) == (0, 0), False
+            whole_pass, before = (mark.file, mark.row) == (0, 0), (mark.samples, mark.left)
             order = self._permuted("files", mark.passes, len(self.source.files))
             for (file, row), record in self.source.read(order, (mark.file, mark.row)):
                 self._n_read += 1
@@ -290,17 +290,17 @@ class StreamedBatches:
                 if isinstance(record, BadRecord):
                     self._bad.append(record)
                     continue
-                any_good = True
                 records.append((record, self.source.files[order[file]], row))
                 if len(records) == self.buffer:
                     samples, after = block(records, mark.passes, file, row + 1)
                     yield mark, samples
                     mark, records = after, []
-            if whole_pass and not any_good:
-                raise ValueError(f"source: there is no good record in {len(order)} file(s): {self._bad[:3]}")
             samples, after = block(records, mark.passes + 1, 0, 0)
             yield mark, samples
             mark = after
+            if whole_pass and (mark.samples, mark.left) == before:  # or this would go round for ever
+                first = f": {self._bad[0]}" if self._bad else ""
+                raise ValueError(f"source: there is no good record in {len(order)} file(s){first}")
 
     def _reach(self, index: int) -> None:
         """Read on to the block that holds sample `index`."""
@@ -480,7 +480,7 @@ class FileData(InMemoryData):
         """What is used of a record, and the bytes that tell it from others. Raises `Unfit`."""
         raise NotImplementedError
 
-    def examine(self, content: Any) -> None:
+    def examine(self, content: Any) -> Any:
         """Look closer at what `parse` gave, before it is stored. Raises `Unfit`."""
 
     def settings(self) -> list[Any]:
