@@ -277,8 +277,8 @@ def compare(setting: Setting, steps: int, rounds: int) -> None:
     best = results["ours"][0]
     floor = best["flop"] / best["matmul"]
     print(
-        f"\nours: {best['flop'] / 1e9:.1f} GFLOP in matrix products; at {best['matmul'] / 1e9:.0f} GFLOP/s, this machine's "
-        f"rate for a large one, they take {floor:.2f} s: {floor / medians['ours']:.0%} of the floor's speed is reached"
+        f"\nours: {best['flop'] / 1e9:.1f} GFLOP in matrix products. At {best['matmul'] / 1e9:.0f} GFLOP/s, the rate "
+        f"of a large one here, they take {floor:.2f} s: {floor / medians['ours']:.0%} of that speed is reached"
     )
 
 

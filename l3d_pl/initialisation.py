@@ -6,6 +6,7 @@ more, as they do in the reconstruction loss. Only inner products of samples are 
 any representation of the gradients.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -69,10 +70,13 @@ def start_from_gradients(
         noise: normal noise added to every core and factor, relative to that tensor's root mean square.
     """
     weights = k_lines(prepared.gram(), subnetworks.n_subnetworks, generator)
-    start = low_rank_unit(prepared.combine(weights, subnetworks.shapes), subnetworks)
-    start = {name: Tucker(*_with_noise(tucker, noise, generator)) for name, tucker in start.items()}
     index = subnetworks.restart(restart)
-    subnetworks.v_out.copy_(start, index)
+    values = sum(math.prod(shape) for shape in subnetworks.shapes.values())
+    step = max(1, 4 * subnetworks.chunk // values)  # so many dense directions at a time
+    for first in range(0, len(weights), step):
+        some = low_rank_unit(prepared.combine(weights[first : first + step], subnetworks.shapes), subnetworks)
+        some = {name: Tucker(*_with_noise(tucker, noise, generator)) for name, tucker in some.items()}
+        subnetworks.v_out.copy_(some, slice(index.start + first, min(index.start + first + step, index.stop)))
     subnetworks.normalise_()
     subnetworks.v_in.copy_({name: tucker.select(index) for name, tucker in subnetworks.v_out.tuckers().items()}, index)
 

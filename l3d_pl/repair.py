@@ -109,8 +109,7 @@ def candidates(
     dense = anchor.prepared.combine(weights, subnetworks.shapes)
     index, mixed = subnetworks.restart(restart), weights @ codes  # sum_i weights_i V_out codes_i
     for name, tucker in subnetworks.v_out.tuckers().items():
-        own = tucker.select(index).dense().flatten(1)
-        dense[name] = dense[name] - (mixed @ own).view_as(dense[name])
+        dense[name] = dense[name] - tucker.select(index).matrices().combine(mixed).view_as(dense[name])
     return low_rank_unit(dense, subnetworks)
 
 
@@ -202,9 +201,9 @@ def best_swap(
     v_out = {name: tucker.select(slice(which, which + 1)) for name, tucker in new.items()}
     v_in = {}
     for name, tucker in subnetworks.v_out.tuckers().items():
-        own = tucker.select(subnetworks.restart(restart)).dense().flatten(1)
-        direction = v_out[name].dense()
-        reader = (direction - (away[which, slot] @ own).view_as(direction)) / left[which, slot]
+        direction, own = v_out[name].dense(), tucker.select(subnetworks.restart(restart)).matrices()
+        others = own.combine(away[which, slot].unsqueeze(0)).view_as(direction)
+        reader = (direction - others) / left[which, slot]
         v_in[name] = truncate(reader, subnetworks.ranks[name])
     return Swap(slot, v_out, v_in, least)
 

@@ -283,7 +283,7 @@ class Subnetworks(nn.Module):
         return self.path_of(name, gradient)[0] == "dense"
 
     def path_of(self, name: str, gradient: SampleGradient) -> tuple[str, str]:
-        """`dense` or `factored`: how a parameter is contracted, and why (memory first, then multiplications of a step)."""
+        """`dense` or `factored`: how a parameter is contracted, and why. Memory counts first, then multiplications."""
         size, n, ranks = math.prod(self.shapes[name]), self.v_out.n, self.ranks[name]
         if not isinstance(gradient, OuterGradient):
             return "dense", "its gradients are no outer products"

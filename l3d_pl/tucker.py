@@ -355,10 +355,13 @@ class TuckerParameters(nn.Module):
 def truncate(tensors: Tensor, ranks: Sequence[int]) -> Tucker:
     """Tucker approximation of dense tensors [n, I1, ..., IN]: the data-driven start of subnetworks.
 
-    Vectors and matrices by a batched SVD (the best approximation there is, Eckart-Young); tensors of more modes by
-    tensorly's `tucker` (HOOI started from the HOSVD). The factors are orthonormal, the core holds the scale.
+    Vectors and matrices by a batched SVD (the best approximation there is, Eckart-Young), large matrices of small rank
+    by subspace iteration, which comes close to it; tensors of more modes by tensorly's `tucker` (HOOI started from the
+    HOSVD). The factors are orthonormal, the core holds the scale.
     """
     shape = tensors.shape[1:]
+    if len(shape) == 2 and min(shape) >= 64 and 4 * max(ranks) <= min(shape):
+        return _subspace_iteration(tensors, ranks)
     if len(shape) == 0:
         return Tucker(tensors.clone(), ())
     if len(shape) <= 2:
@@ -375,3 +378,17 @@ def truncate(tensors: Tensor, ranks: Sequence[int]) -> Tucker:
         parts = [tensorly_tucker(tensor, rank=list(ranks), init="svd", n_iter_max=10) for tensor in tensors]
     factors = tuple(torch.stack([part.factors[mode] for part in parts]) for mode in range(len(shape)))
     return Tucker(torch.stack([part.core for part in parts]), factors)
+
+
+def _subspace_iteration(matrices: Tensor, ranks: Sequence[int], more: int = 8, steps: int = 3) -> Tucker:
+    """`truncate` for matrices [n, rows, columns] (Halko, Martinsson, Tropp 2011); its start is always the same."""
+    random = torch.Generator().manual_seed(0)
+    start = torch.randn(matrices.shape[2], max(ranks) + more, generator=random).to(matrices)
+    left = torch.linalg.qr(matrices @ start).Q
+    for _ in range(steps):
+        right = torch.linalg.qr(matrices.mT @ left).Q
+        left = torch.linalg.qr(matrices @ right).Q
+    u, singular, vh = torch.linalg.svd(left.mT @ matrices @ right, full_matrices=False)
+    core = torch.diag_embed(singular)[:, : ranks[0], : ranks[1]].contiguous()
+    u, v = left @ u[..., : ranks[0]], right @ vh[:, : ranks[1]].mT
+    return Tucker(core, (u.contiguous(), v.contiguous()))

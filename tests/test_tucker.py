@@ -198,3 +198,18 @@ def test_bad_ranks_are_one_clear_line(rank: Any, message: str) -> None:
     with pytest.raises(L3DError, match=f"^ranks of 'layer.weight': {message}") as caught:
         resolve_ranks(rank, (4, 6), "layer.weight")
     assert "\n" not in str(caught.value)
+
+
+def test_large_matrices_are_cut_to_rank_nearly_as_well_as_by_svd() -> None:
+    torch.manual_seed(0)
+    matrices = (
+        torch.randn(3, 80, 6).double() @ torch.randn(3, 6, 100).double() + 0.05 * torch.randn(3, 80, 100).double()
+    )
+    for ranks in ((5, 5), (8, 5), (5, 8)):
+        found = truncate(matrices, ranks)
+        singular = torch.linalg.svdvals(matrices)
+        best = singular[:, min(ranks) :].square().sum(1)
+        assert found.ranks == ranks
+        assert float(((matrices - found.dense()).square().sum((1, 2)) / best).max()) < 1.01
+        for factor in found.factors:
+            assert_same(factor.mT @ factor, torch.eye(factor.shape[2]).double().expand(3, -1, -1), 1e-8)
