@@ -227,7 +227,7 @@ def report_command(args: list[str]) -> None:
 DEMO: dict[str, list[str]] = {
     "tms": [],
     "digits_cnn": ["--trainer.max_epochs", "20"],
-    "pydoc_lm": ["--trainer.max_epochs", "null", "--trainer.max_steps", "200"],
+    "pydoc_lm": ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "100"],
 }
 
 

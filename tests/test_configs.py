@@ -1,6 +1,7 @@
 """Every config that ships runs, and a fit's config and its target's are about the same model and task."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from stand_ins import stand_in_for
 from torch import nn
 
 from l3d_pl import L3D
-from l3d_pl.cli import find_config, main
+from l3d_pl.cli import DEMO, find_config, main
 from l3d_pl.configs_path import shipped_configs
 from l3d_pl.report import load_run
 from l3d_pl.targets.hub import language_model
@@ -108,6 +109,23 @@ def parameters_of(name: str, config: dict[str, Any]) -> list[str]:
         return ["conv2.weight", *(f"{layer}.{what}" for layer in ("bn2", "fc1", "fc2") for what in ("weight", "bias"))]
     target = instantiate_class((), {"init_args": {}, **config["model"]["target"]})
     return [key for key, _ in target.named_parameters()]
+
+
+def test_demo_runs_short_versions(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(DEMO) == {"tms", "digits_cnn", "pydoc_lm"}
+    for name, short in list(DEMO.items()):
+        Path(name).mkdir()  # each has its own target
+        monkeypatch.chdir(name)
+        local = stand_in_for(name, read(name), recipe_of(read(name)), monkeypatch)
+        monkeypatch.chdir("..")
+        local = [f"{name}/{word}" if word.startswith("target") else word for word in local]
+        enough = ["--model.init_samples", "124", "--model.swap_samples", "64"]
+        monkeypatch.setitem(DEMO, name, [*short, *local, *small_data(read(name)), *FEW, *enough])
+    assert main(["demo", "--root", "runs/short"]) == 0
+    out = capsys.readouterr().out
+    for name in DEMO:
+        assert re.search(rf"^{name}: \d+ subnetworks", out, re.MULTILINE)
+        assert Path("runs/short", name, "decomposition/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", [name for name in FITS if "target_config" in read(name)["model"]])

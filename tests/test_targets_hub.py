@@ -15,10 +15,11 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from datamodules.text import TextData
 from l3d_pl import per_sample_gradients
 from l3d_pl.cli import find_config, main
 from l3d_pl.errors import L3DError
-from l3d_pl.lightning_cli import missing_target
+from l3d_pl.lightning_cli import missing_target, train_target
 from l3d_pl.targets.frozen import fingerprint, freeze, select_parameters
 from l3d_pl.targets.hub import image_classifier, language_model
 from l3d_pl.targets.language import gpt_neo, mean_loss, next_token_loss, ngram_losses
@@ -395,6 +396,22 @@ def test_saving_leaves_what_is_no_model_alone(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "lm/target.json").read_text())["loss"] == 1.5
     assert fingerprint(language_model(str(tmp_path / "lm"))) == fingerprint(model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lm", "notes"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_language_model_of_the_shipped_recipe_beats_pairs_of_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["l3d"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    quiet = ["--trainer.enable_progress_bar", "false"]
+    figures = train_target(["--config", find_config("targets/pydoc_lm"), *quiet], str(tmp_path / "lm"))
+    assert figures["loss"] < figures["bigram_loss"] - 0.25 < figures["unigram_loss"] - 1.5
+    data = TextData(length=64, n_val=None, val_batch_size=64)
+    data.setup("validate")
+    loaded = freeze(language_model(str(tmp_path / "lm")))
+    assert mean_loss(loaded, data.val_dataloader()) == pytest.approx(figures["loss"], abs=1e-3)
 
 
 def test_fit_trains_a_missing_language_model_and_uses_its_tokenizer(
