@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.files import FileData
 from datamodules.loading import Batch, require_at_least, require_choice
 from datamodules.records import BadRecord, Files, Record, Unfit, class_of, column_of
-from datamodules.streaming import FileData
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

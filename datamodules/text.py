@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.files import FileData, cache_folder, fingerprint, stored
 from datamodules.loading import Batch, require_at_least, require_choice
 from datamodules.records import BadRecord, Files, Record, Unfit, batched, column_of, pydoc_pieces
-from datamodules.streaming import FileData, cache_folder, fingerprint, stored
 
 Mode = Literal["pack", "rows"]
 Ints = NDArray[np.integer[Any]]

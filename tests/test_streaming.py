@@ -25,9 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
+from datamodules.files import FileData, stored
 from datamodules.loading import Batch
 from datamodules.records import BadRecord, BadRecords, Record, Source, Unfit, column_of, find_files
-from datamodules.streaming import FileData, stored
 
 # ---------------------------------------------------------------- a data module that shows what it is given
 
