@@ -60,7 +60,12 @@ def low_rank_unit(dense: Mapping[str, Tensor], subnetworks: Subnetworks) -> dict
 
 @torch.no_grad()
 def start_from_gradients(
-    subnetworks: Subnetworks, restart: int, prepared: Prepared, generator: torch.Generator, noise: float = 0.02
+    subnetworks: Subnetworks,
+    restart: int,
+    prepared: Prepared,
+    generator: torch.Generator,
+    noise: float = 0.02,
+    gram: Tensor | None = None,
 ) -> None:
     """Set V_out, and V_in as its copy, to the K-lines of a sample of gradients, cut to rank.
 
@@ -68,8 +73,9 @@ def start_from_gradients(
         restart: which restart's subnetworks to set.
         prepared: gradients of N >= n_v samples.
         noise: normal noise added to every core and factor, relative to that tensor's root mean square.
+        gram: `prepared.gram()`, where it is known already.
     """
-    weights = k_lines(prepared.gram(), subnetworks.n_subnetworks, generator)
+    weights = k_lines(prepared.gram() if gram is None else gram, subnetworks.n_subnetworks, generator)
     index = subnetworks.restart(restart)
     values = sum(math.prod(shape) for shape in subnetworks.shapes.values())
     step = max(1, 4 * subnetworks.chunk // values)  # so many dense directions at a time

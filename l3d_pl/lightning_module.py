@@ -280,7 +280,8 @@ class L3D(L.LightningModule):
             self._anchors = self._collect_anchors()
         if self.trainer.global_step == 0 and self.init == "gradients":
             for restart, anchor in enumerate(self._anchors):
-                start_from_gradients(self.subnetworks, restart, anchor.prepared, self._generator("k-lines", restart))
+                random = self._generator("k-lines", restart)
+                start_from_gradients(self.subnetworks, restart, anchor.prepared, random, gram=anchor.gram)
         self._progress.clock = (self._progress.step, time.perf_counter())
 
     def _estimate_steps(self) -> int:

@@ -287,7 +287,7 @@ class Subnetworks(nn.Module):
         size, n, ranks = math.prod(self.shapes[name]), self.v_out.n, self.ranks[name]
         if not isinstance(gradient, OuterGradient):
             return "dense", "its gradients are no outer products"
-        if size <= SMALL_PARAMETER:
+        if size < SMALL_PARAMETER:
             return "dense", f"small: {size} values"
         values = (2 * gradient.n_samples + 4 * n) * size  # gradients, residuals, both sides and their gradients
         if values > self.memory_budget * 2**28:
