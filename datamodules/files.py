@@ -338,6 +338,11 @@ class FileData(InMemoryData):
         self._training = super().train_dataloader()
         return self._training
 
+    def first_dataloader(self) -> NumberedLoader:
+        loader: NumberedLoader = super().first_dataloader()
+        loader.num_workers = 0  # it is left after some batches, and its workers would linger
+        return loader
+
     def val_dataloader(self) -> NumberedLoader | list[Any]:
         return [] if self.validation is None else self._loader(self.validation)
 
