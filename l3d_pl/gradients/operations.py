@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from l3d_pl.gradients.sample_gradient import DenseGradient, OuterGradient, SampleGradient
+from l3d_pl.tucker import CHUNK
 
 Finish = Callable[[Tensor], SampleGradient]
 Rule = Callable[..., Finish | None]
@@ -261,7 +262,7 @@ def convolution(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Finish | None:
-    """A linear map of each patch of the input: G = D A^T over patches; dense, group by group, with several groups."""
+    """A linear map of each patch of the input: G = D A^T over patches; dense where that is smaller, or in groups."""
     kernel = tuple(weight.shape[2:])
     if input.ndim != weight.ndim or input.shape[0] % n:
         return None
@@ -272,15 +273,22 @@ def convolution(
     shape, dims = tuple(weight.shape), len(kernel)
 
     def finish(d: Tensor) -> SampleGradient:
-        a = patches(input, kernel, stride, padding, dilation)  # [N, C, *positions, *kernel]
-        if groups == 1:
-            a = a.movedim(1, 1 + dims).flatten(1 + dims)
+        positions, columns = math.prod(d.shape[2:]), math.prod(shape[1:])
+        if groups == 1 and positions * (shape[0] + columns) < shape[0] * columns:
+            a = patches(input, kernel, stride, padding, dilation).movedim(1, 1 + dims).flatten(1 + dims)
             result = outer(n, a, shape, is_transposed=False)
             assert result is not None
             return result(d.movedim(1, -1))
-        a = a.reshape(n, -1, groups, shape[1], math.prod(d.shape[2:]), math.prod(kernel))
-        d = d.reshape(n, -1, groups, shape[0] // groups, a.shape[4])
-        return DenseGradient(torch.einsum("nrgos,nrgcsk->ngock", d, a).reshape(n, *shape))
+        # Where there are more positions than the weight has rows and columns, the gradients are smaller than patches.
+        each, values = input.shape[0] // n, groups * columns * positions
+        step = each * max(1, CHUNK // (each * values))
+        parts = []
+        for x, part in zip(input.split(step), d.split(step), strict=True):  # [N, C, *positions, *kernel]
+            a = patches(x, kernel, stride, padding, dilation)
+            a = a.reshape(-1, each, groups, shape[1], positions, math.prod(kernel))
+            part = part.reshape(-1, each, groups, shape[0] // groups, positions)
+            parts.append(torch.einsum("nrgos,nrgcsk->ngock", part, a))
+        return DenseGradient(torch.cat(parts).reshape(n, *shape))
 
     return finish
 
