@@ -1,0 +1,212 @@
+"""Loss against the number of subnetworks and against L0: a grid of n_v x k, the field's Pareto plot.
+
+    python benchmarks/pareto.py --config pydoc_lm --n_v 25 50 100 200 --k 0.02 0.05 0.1 0.2 --recipes l3d_pl paper \\
+        --root runs/pareto/pydoc_lm -- --trainer.max_epochs 1
+
+Every cell is one `l3d fit` into a folder of its own; what stands after `--` goes to each of them. Finished cells are
+kept, so the same command goes on after a stop, and a larger grid adds to a smaller one. In `--root`:
+
+    pareto.csv, pareto.md   a row per cell
+    pareto.png              loss against n_v, loss against L0, dead share against n_v
+
+`loss` is the held-out L with batch top-k, which keeps `l0` = k n_v subnetworks per sample; `loss_at_threshold` and
+`l0_at_threshold` are those of samples encoded one by one. Dead: took part in no held-out sample at the threshold.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, fields
+from itertools import product
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from l3d_pl.atlas.pictures import STYLE
+from l3d_pl.batch_topk import check_k
+from l3d_pl.callbacks import Stopped
+from l3d_pl.cli import OneLineParser, bad_input_in, find_config, one_line, quiet, run
+from l3d_pl.errors import L3DError, require_choice
+from l3d_pl.lightning_module import RECIPES
+
+LINES = dict(zip(RECIPES, ("--", "-"), strict=True))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fit of the grid, and a row of `pareto.csv`."""
+
+    recipe: str
+    n_v: int
+    k: float
+    loss: float
+    l0: float
+    loss_at_threshold: float
+    l0_at_threshold: float
+    dead_fraction: float
+    steps: int
+    seconds: float  # of the whole fit (the first one's with the target's training, where that was missing)
+    cpu_seconds: float  # the same where other programs share the machine
+    seed: int
+
+
+def fit(config: str, recipe: str, n_v: int, k: float, more: Sequence[str], root: Path) -> Cell:
+    """The cell, from its folder where it is finished.
+
+    Raises:
+        L3DError: the folder holds a cell made by other arguments.
+    """
+    folder = root / f"{recipe}_nv{n_v}_k{k:g}"
+    args = ["--config", config, "--model.recipe", recipe, "--model.n_subnetworks", str(n_v), "--model.k", str(k), *more]
+    result = folder / "cell.json"
+    if result.is_file():
+        kept = json.loads(result.read_text())
+        if kept["args"] != args:
+            raise L3DError(f"root: {folder} was made by {' '.join(kept['args'])}; give these arguments another --root")
+        return Cell(**kept["cell"])
+    start, start_cpu = time.perf_counter(), time.process_time()
+    own = (
+        "--trainer.logger",
+        "true",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.default_root_dir",
+        str(folder),
+    )
+    cli = run(["fit", *args, *own])
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    with open(folder / "metrics.csv", newline="") as file:
+        last = [row for row in csv.DictReader(file) if row.get("val/loss")][-1]
+    loss, *rest = (
+        float(last[f"val/{name}"]) for name in ("loss", "loss_at_threshold", "l0_at_threshold", "dead_fraction")
+    )
+    cell = Cell(recipe, n_v, k, loss, k * n_v, *rest, cli.trainer.global_step, seconds, cpu_seconds, cli.model.seed)
+    aside = folder / ".cell.json.writing"
+    aside.write_text(json.dumps({"args": args, "cell": asdict(cell)}, indent=1))
+    os.replace(aside, result)
+    return cell
+
+
+def sweep(
+    config: str, n_v: Sequence[int], k: Sequence[float], recipes: Sequence[str], more: Sequence[str], root: Path
+) -> list[Cell]:
+    """All cells of the grid, the small ones first; table and plot grow with them."""
+    grid = list(product(recipes, sorted(set(n_v)), sorted(set(k))))
+    cells: list[Cell] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)  # not rich's global one: Lightning's own bar, of a target's training, resets that
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=len(grid))
+        for recipe, width, share in grid:
+            progress.update(bar, description=f"{recipe}, n_v {width}, k {share:g}")
+            cells.append(fit(config, recipe, width, share, more, root))
+            progress.advance(bar)
+            write(cells, root)
+    return cells
+
+
+def write(cells: Sequence[Cell], root: Path) -> None:
+    names = [field.name for field in fields(Cell)]
+    with open(root / "pareto.csv", "w", newline="") as file:
+        csv.writer(file).writerows([names, *map(astuple, cells)])
+    (root / "pareto.md").write_text(table(cells))
+    draw(cells, root / "pareto.png")
+
+
+def table(cells: Sequence[Cell]) -> str:
+    header = ("recipe", "n_v", "k", "loss", "L0", "loss at threshold", "L0 there", "dead", "steps", "CPU s")
+    rows = [header, ("---",) * len(header)]
+    for c in cells:
+        rows.append((
+            c.recipe, str(c.n_v), f"{c.k:g}", f"{c.loss:.3f}", f"{c.l0:.3g}", f"{c.loss_at_threshold:.3f}",
+            f"{c.l0_at_threshold:.3g}", f"{c.dead_fraction:.1%}", str(c.steps), f"{c.cpu_seconds:.0f}",
+        ))  # fmt: skip
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def draw(cells: Sequence[Cell], path: Path) -> None:
+    """Three panels; a colour per k or n_v, a line style per recipe."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(13, 4), layout="constrained")
+        by_n_v, pareto, dead = figure.subplots(1, 3)
+        lines(by_n_v, cells, "n_v", "loss", "k")
+        lines(pareto, cells, "l0", "loss", "n_v")
+        lines(dead, cells, "n_v", "dead_fraction", "k")
+        by_n_v.set(xlabel="n_v, subnetworks", ylabel="held-out loss L")
+        pareto.set(xlabel="L0 = k n_v, active per sample", ylabel="held-out loss L")
+        dead.set(xlabel="n_v, subnetworks", ylabel="dead share")
+        dead.set_ylim(-0.02, max(0.1, 1.05 * max(c.dead_fraction for c in cells)))
+        recipes = list(dict.fromkeys(c.recipe for c in cells))
+        handles = [Line2D([], [], color="black", linestyle=LINES[recipe], label=recipe) for recipe in recipes]
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(recipes), frameon=False)
+        figure.savefig(path, dpi=80)
+
+
+def lines(axes: Axes, cells: Sequence[Cell], x: str, y: str, of: str) -> None:
+    """`y` against `x`, a line for each value of `of` and each recipe."""
+    values = sorted({getattr(c, of) for c in cells})
+    colours = matplotlib.colormaps["viridis"].resampled(len(values) + 1)
+    for (index, value), recipe in product(enumerate(values), LINES):
+        mine = [c for c in cells if getattr(c, of) == value and c.recipe == recipe]
+        points = sorted((getattr(c, x), getattr(c, y)) for c in mine)
+        axes.plot(
+            *zip(*points, strict=True) if points else ((), ()),
+            LINES[recipe],
+            marker="o",
+            markersize=4,
+            color=colours(index),
+        )
+    axes.legend(
+        handles=[Line2D([], [], color=colours(i), label=f"{of} {v:g}") for i, v in enumerate(values)], fontsize=9
+    )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(
+        LogLocator(subs=(1, 2, 5)) if x == "l0" else FixedLocator(sorted({c.n_v for c in cells}))
+    )
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
+
+
+def main(argv: Sequence[str]) -> None:
+    split = list(argv).index("--") if "--" in argv else len(argv)
+    parser = OneLineParser(prog="pareto", description="Loss against n_v and L0. After --: more arguments of `l3d fit`.")
+    parser.add_argument("--config", default="digits_cnn", help="a config file, or a shipped one by name")
+    parser.add_argument("--n_v", type=int, nargs="+", default=[25, 50, 100, 200])
+    parser.add_argument("--k", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.2])
+    parser.add_argument("--recipes", nargs="+", default=["l3d_pl"], help=", ".join(RECIPES))
+    parser.add_argument("--root", type=Path, default=Path("runs/pareto"), help="where the cells and the results go")
+    known = parser.parse_args(argv[:split])
+    find_config(known.config)
+    for recipe in known.recipes:
+        require_choice("recipes", recipe, RECIPES)
+    for k in known.k:
+        check_k(k)
+    quiet()
+    sys.argv = sys.argv[:1]  # LightningCLI warns of arguments that it is not given
+    os.environ["L3D_QUIET_SUMMARY"] = "1"
+    cells = sweep(known.config, known.n_v, known.k, known.recipes, argv[split + 1 :], known.root)
+    print(table(cells), f"plot: {known.root / 'pareto.png'}, rows: {known.root / 'pareto.csv'}", sep="\n")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Stopped:
+        sys.exit("pareto: stopped; the same command goes on with the cells that are missing")
+    except Exception as error:
+        bad_input = bad_input_in(error)
+        if bad_input is None:
+            raise
+        sys.exit(f"pareto: error: {one_line(str(bad_input))}")
