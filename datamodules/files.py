@@ -284,11 +284,13 @@ class FileData(InMemoryData):
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
-    def _loader(self, dataset: Dataset[Batch] | None, batch_size: int | None = None) -> NumberedLoader:
+    def _loader(
+        self, dataset: Dataset[Batch] | None, batch_size: int | None = None, place: tuple[int, int] | None = None
+    ) -> NumberedLoader:
         """A loader of training rows if `batch_size` is given, else of all rows of `dataset` in their order."""
-        rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        rank, world_size = place or self._place
         if batch_size is not None and self.streaming:
-            return self._stream_loader(rank, world_size)
+            return self._stream_loader(batch_size, rank, world_size)
         training = batch_size is not None
         assert dataset is not None
         sampler = EpochSampler(
@@ -307,12 +309,12 @@ class FileData(InMemoryData):
             endless=training,
         )
 
-    def _stream_loader(self, rank: int, world_size: int) -> NumberedLoader:
+    def _stream_loader(self, batch_size: int, rank: int, world_size: int) -> NumberedLoader:
         source = self._sources["train"]
         order = {"seed": self.seed, "shuffle": self.shuffle, "shuffle_buffer": self.shuffle_buffer}
         identity = {
             "files and settings": fingerprint(source.names(), source.columns, source.share, self.settings()),
-            "batch_size": self.batch_size * world_size,
+            "batch_size": batch_size * world_size,
             **order,
         }
         assert self.steps_per_epoch is not None
@@ -321,7 +323,7 @@ class FileData(InMemoryData):
             source,
             self.expand,
             self.collate,
-            self.batch_size,
+            batch_size,
             seed=self.seed,
             shuffle=self.shuffle,
             buffer=self.shuffle_buffer,

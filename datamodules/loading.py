@@ -266,8 +266,15 @@ class InMemoryData(LightningDataModule):
         # Lightning recommends worker processes, which would only slow down data that is there already.
         warnings.filterwarnings("ignore", r".*_dataloader' does not have many workers")
 
-    def _loader(self, dataset: Dataset[Batch], batch_size: int | None = None) -> StatefulDataLoader[Batch]:
-        rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+    @property
+    def _place(self) -> tuple[int, int]:
+        """This process and the number of processes."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _loader(
+        self, dataset: Dataset[Batch], batch_size: int | None = None, place: tuple[int, int] | None = None
+    ) -> StatefulDataLoader[Batch]:
+        rank, world_size = place or self._place
         training = batch_size is not None
         return exact_loader(
             dataset,
@@ -294,8 +301,8 @@ class InMemoryData(LightningDataModule):
         return loader
 
     def first_dataloader(self) -> StatefulDataLoader[Batch]:
-        """The training batches from the very first one, wherever training stands, which this leaves alone."""
-        return self._loader(self.train, self.batch_size)
+        """The training batches of all processes together, from the very first one; training is left alone."""
+        return self._loader(self.train, self.batch_size * self._place[1], place=(0, 1))
 
     # Lightning keeps the loader's own state in its checkpoints as well, but hands it out only where it resumes in the
     # middle of an epoch.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from l3d_pl.errors import L3DError
+from l3d_pl.parallel import ALONE, Ranks
 
 
 def check_k(k: float, key: str = "k") -> float:
@@ -22,25 +23,59 @@ def n_selected(k: float, n: int) -> int:
     return min(n, max(1, round(k * n)))
 
 
-def batch_topk(coefficients: Tensor, k: float) -> tuple[Tensor, Tensor]:
+def batch_topk(coefficients: Tensor, k: float, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
     """Select exactly the fraction k of |c| over a batch [N, R, n_v], for each of R restarts by itself.
 
-    Ties at the threshold go to the earlier entries (sample, then subnetwork), so that the number kept is exact and the
-    choice does not depend on the device.
+    Ties at the threshold go to the earlier entries (rank, then sample, then subnetwork), so that the number kept is
+    exact and the choice does not depend on the device.
+
+    Args:
+        ranks: the batch is that of all of them, each giving its own samples.
 
     Returns:
-        mask [N, R, n_v] of bool, and the threshold [R]: the smallest |c| kept.
+        mask [N, R, n_v] of bool, and the threshold [R]: the smallest |c| kept on any rank.
     """
     samples, restarts, n_subnetworks = coefficients.shape
     scores = coefficients.detach().abs().transpose(0, 1).reshape(restarts, -1)
-    count = n_selected(k, samples * n_subnetworks)
-    threshold = scores.topk(count, dim=1, sorted=True).values[:, -1]
+    if ranks.size == 1:
+        count = n_selected(k, samples * n_subnetworks)
+        threshold = scores.topk(count, dim=1, sorted=True).values[:, -1]
+    else:
+        count = n_selected(k, int(ranks.sum(torch.tensor(scores.shape[1], device=scores.device))))
+        threshold = global_threshold(scores, count, ranks)
     mask = scores >= threshold.unsqueeze(1)
-    if scores.is_cuda or int(mask.sum()) != count * restarts:  # on a GPU always: no round trip to look at the number
+    # On a GPU, and with others, always: no round trip to look at the number.
+    if ranks.size > 1 or scores.is_cuda or int(mask.sum()) != count * restarts:
         above, tied = scores > threshold.unsqueeze(1), scores == threshold.unsqueeze(1)
-        room = count - above.sum(1, keepdim=True)
+        room = count - ranks.sum(above.sum(1, keepdim=True)) - ranks.before(tied.sum(1, keepdim=True))
         mask = above | (tied & (tied.cumsum(1) <= room))
     return mask.view(restarts, samples, n_subnetworks).transpose(0, 1), threshold
+
+
+def global_threshold(scores: Tensor, count: int, ranks: Ranks) -> Tensor:
+    """The `count`-th largest of all ranks' scores >= 0, for each row of [R, any number]: [R].
+
+    Radix selection: numbers >= 0 are ordered as their bits are, so the ranks count how many of theirs have which byte,
+    from the highest byte on. It costs a sum of 256 numbers per byte and row, however many scores there are.
+    """
+    bits = {torch.float64: torch.int64, torch.float32: torch.int32}[scores.dtype]
+    values, rows = scores.contiguous().view(bits), scores.shape[0]
+    prefix = torch.zeros(rows, dtype=bits, device=scores.device)
+    wanted = torch.full((rows,), count, dtype=torch.long, device=scores.device)
+    width = 8 * scores.element_size()
+    for shift in range(width - 8, -1, -8):
+        fits = torch.ones_like(values, dtype=torch.bool)
+        if shift < width - 8:
+            fits = (values >> (shift + 8)) == prefix.unsqueeze(1)
+        byte = ((values >> shift) & 255).long()
+        numbers = torch.zeros(rows, 256, dtype=torch.long, device=scores.device)
+        numbers.scatter_add_(1, byte, fits.long())
+        at_or_above = ranks.sum(numbers).flip(1).cumsum(1).flip(1)  # with this byte or a larger one
+        chosen = (at_or_above >= wanted.unsqueeze(1)).sum(1) - 1
+        larger = torch.nn.functional.pad(at_or_above, (0, 1)).gather(1, chosen.unsqueeze(1) + 1).squeeze(1)
+        wanted = wanted - larger
+        prefix = (prefix << 8) | chosen.to(bits)
+    return prefix.view(scores.dtype)
 
 
 class RunningThreshold(nn.Module):

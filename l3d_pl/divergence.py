@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from l3d_pl.errors import L3DError, require_choice
+from l3d_pl.parallel import ALONE, Ranks
 
 
 class Divergence:
@@ -115,11 +116,13 @@ def make_references(
     divergence: Divergence,
     generator: torch.Generator | None = None,
     contrast: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """The reference output y_r of every sample, shaped like `outputs` [N, ...] and detached from any graph.
 
-    - `random`: the output of a random other sample, each of the N - 1 others equally likely, never itself (paper);
-    - `mean`: the batch's mean output (of distributions: the mean distribution);
+    - `random`: the output of a random other sample, each of the N - 1 others equally likely, never itself (paper); with
+      several `ranks`, another sample of this rank's;
+    - `mean`: the mean output of the batch, of all ranks (of distributions: the mean distribution);
     - `uniform`: the uniform distribution; for regression a uniform draw from each output's range in the batch;
     - `contrastive`: the outputs of the dataset's own pairs, given as `contrast` [N, ...].
 
@@ -137,7 +140,10 @@ def make_references(
         index = torch.randint(1, n, (n,), generator=generator).add_(torch.arange(n)).remainder_(n)
         return outputs[index.to(outputs.device)]
     if reference == "mean":
-        return divergence.from_mean(divergence.to_mean(outputs).mean(0, keepdim=True)).expand_as(outputs)
+        means = divergence.to_mean(outputs)
+        known = ~means.isnan()  # (positions of a sequence that do not count are not a number)
+        mean = ranks.sum(means.nan_to_num(0).sum(0, keepdim=True)) / ranks.sum(known.sum(0, keepdim=True))
+        return divergence.from_mean(mean).expand_as(outputs)
     if reference == "uniform":
         return divergence.uniform(outputs, generator)
     if contrast is None:

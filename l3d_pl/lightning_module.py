@@ -22,13 +22,14 @@ from l3d_pl.gradients import Extraction, GradientExtractor, SampleGradient, conc
 from l3d_pl.gradients.forward import inputs_of, tensors_of
 from l3d_pl.initialisation import start_from_gradients
 from l3d_pl.metrics import Activity, Reconstruction
+from l3d_pl.parallel import ALONE, Ranks
 from l3d_pl.repair import Anchor, candidates, replace, state_of, swap
 from l3d_pl.step import Step, decompose
 from l3d_pl.subnetworks import Prepared, Subnetworks
 from l3d_pl.targets.frozen import fingerprint, freeze, select_parameters
 from l3d_pl.targets.training import load_target
 
-Ranks = int | float | list[int | float] | dict[str, int | float | list[int | float]]
+TuckerRanks = int | float | list[int | float] | dict[str, int | float | list[int | float]]
 
 # What each recipe sets where the user sets nothing.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -102,7 +103,7 @@ class L3D(L.LightningModule):
         parameters: str | list[str] = "*",
         n_subnetworks: int = 100,
         k: float = 0.1,
-        ranks: Ranks = 1,
+        ranks: TuckerRanks = 1,
         divergence: str | Divergence = "mse",
         reference: str = "random",
         sample: str = "item",
@@ -132,6 +133,7 @@ class L3D(L.LightningModule):
         target_config: str | None = None,
     ):
         super().__init__()
+        self._ranks = ALONE
         require_choice("recipe", recipe, RECIPES)
         defaults = RECIPES[recipe]
         self.init = defaults["init"] if init is None else init
@@ -184,15 +186,15 @@ class L3D(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """One step of the method (paper, "Training"): gradients of the frozen model, c = V_in g, batch top-k, loss."""
-        extraction = self.extractor(batch, self._random["references"])
+        extraction = self.extractor(batch, self._random["references"], ranks=self._ranks)
         prepared = self._prepare(extraction, batch, batch_idx, count=True)
         if prepared is None:
             return None
-        step = decompose(self.subnetworks, prepared, self.current_k())
+        step = decompose(self.subnetworks, prepared, self.current_k(), self._ranks)
         loss = step.loss.sum()  # restarts share no parameters: the gradient of the sum is that of each
         self._count(step)
         if self.aux_coefficient:
-            auxiliary = auxiliary_loss(self.subnetworks, prepared, step, self.dead(), min(1.0, 2 * self.k))
+            auxiliary = auxiliary_loss(self.subnetworks, prepared, step, self.dead(), min(1.0, 2 * self.k), self._ranks)
             if auxiliary is not None:
                 loss = loss + self.aux_coefficient * auxiliary
         # When Lightning writes, or it would write old values.
@@ -247,13 +249,16 @@ class L3D(L.LightningModule):
         if count:
             self.skipped_samples += (~finite).sum()
         index = finite.nonzero().squeeze(1)
-        if len(index) == 0:
+        if len(index) == 0 and self._ranks.size == 1:
             return None
+        if len(index) == 0:  # the others would wait for this rank for ever
+            raise L3DError(f"batch {batch_idx}: every sample of rank {self._ranks.rank} has a non-finite gradient")
         return self.subnetworks.prepare({name: g.select(index) for name, g in extraction.gradients.items()})
 
     @torch.no_grad()
     def _count(self, step: Step) -> None:
-        active, samples = step.mask.sum(0), step.mask.shape[0]
+        active = self._ranks.sum(step.mask.sum(0))
+        samples = int(self._ranks.sum(torch.tensor(step.mask.shape[0], device=active.device)))
         self.active_samples.add_(active)
         self._progress.samples += samples
         self.silent_samples.add_(samples).mul_(active == 0)
@@ -264,6 +269,7 @@ class L3D(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         self.target.to(self.device)
+        self._ranks = Ranks.of_run()
         self._random = {name: self._generator(name) for name in ("references", "repair")} | self._random
 
     def on_fit_start(self) -> None:
@@ -276,12 +282,14 @@ class L3D(L.LightningModule):
             self.trainer.log_every_n_steps or 2**62,  # type: ignore[attr-defined]
             self._progress.samples,
         )
-        if self.init == "gradients" or self.swap_every or self.revive_every:
+        # One rank starts and repairs for all: it reads the first global batches, as a single process would.
+        if self._ranks.rank == 0 and (self.init == "gradients" or self.swap_every or self.revive_every):
             self._anchors = self._collect_anchors()
         if self.trainer.global_step == 0 and self.init == "gradients":
             for restart, anchor in enumerate(self._anchors):
                 random = self._generator("k-lines", restart)
                 start_from_gradients(self.subnetworks, restart, anchor.prepared, random, gram=anchor.gram)
+            self._ranks.broadcast_(*self.subnetworks.parameters())
         self._progress.clock = (self._progress.step, time.perf_counter())
 
     def _estimate_steps(self) -> int:
@@ -338,14 +346,14 @@ class L3D(L.LightningModule):
         return anchors
 
     def _swap(self) -> None:
-        for restart, anchor in enumerate(self._anchors):
-            index = swap(self.subnetworks, restart, anchor, self.k, self._random["repair"])
-            if index is not None:
-                self._forget(index)
+        found = [
+            swap(self.subnetworks, r, anchor, self.k, self._random["repair"]) for r, anchor in enumerate(self._anchors)
+        ]
+        self._replaced([index for index in found if index is not None])
 
     @torch.no_grad()
     def _revive(self) -> None:
-        dead = self.dead()
+        dead, replaced = self.dead(), []
         for restart, anchor in enumerate(self._anchors):
             slots = dead[restart].nonzero().squeeze(1).tolist()
             if not slots:
@@ -354,8 +362,18 @@ class L3D(L.LightningModule):
             new = candidates(
                 self.subnetworks, restart, anchor, state, len(slots), self.current_k(), self._random["repair"]
             )
-            for which, slot in enumerate(slots):
-                self._forget(replace(self.subnetworks, restart, slot, new, which=which))
+            replaced += [replace(self.subnetworks, restart, slot, new, which=which) for which, slot in enumerate(slots)]
+        self._replaced(replaced)
+
+    def _replaced(self, indices: list[int]) -> None:
+        """These subnetworks (of R * n_v) are new, says the first rank: the others take them from it."""
+        is_new = torch.zeros(self.subnetworks.v_out.n, dtype=torch.bool, device=self.device)
+        is_new[indices] = True
+        self._ranks.broadcast_(is_new)
+        if bool(is_new.any()):
+            self._ranks.broadcast_(*self.subnetworks.parameters())
+            for index in is_new.nonzero().squeeze(1).tolist():
+                self._forget(index)
 
     def _forget(self, index: int) -> None:
         """A new subnetwork starts with no optimizer state and no record of silence."""
@@ -389,13 +407,13 @@ class L3D(L.LightningModule):
             self.target.to(self.device)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        extraction = self.extractor(batch, self._random["validation"])
+        extraction = self.extractor(batch, self._random["validation"], ranks=self._ranks)
         prepared = self._prepare(extraction, batch, batch_idx)
         if prepared is None:
             return
         with torch.no_grad():
             c = self.subnetworks.coefficients(prepared)
-            mask, _ = batch_topk(c, self.k)
+            mask, _ = batch_topk(c, self.k, self._ranks)
             self.val_loss.update(self.subnetworks.reconstruct(prepared, c * mask).loss, prepared.energy)
             alone = self.threshold(c)
             self.val_threshold_loss.update(self.subnetworks.reconstruct(prepared, c * alone).loss, prepared.energy)
@@ -424,7 +442,9 @@ class L3D(L.LightningModule):
         activity = {name: value.view(restarts, -1) for name, value in self.val_activity.compute().items()}
         best = int(loss.argmin())
         sums, counts = zip(*self._held_out_outputs, strict=True)
-        self.mean_reference = self.extractor.divergence.from_mean(torch.stack(sums).sum(0) / sum(counts))
+        total = self._ranks.sum(torch.stack(sums).sum(0))
+        count = self._ranks.sum(torch.tensor(sum(counts), device=total.device))
+        self.mean_reference = self.extractor.divergence.from_mean(total / count)
         self._held_out_outputs.clear()
         self.held_out_loss.copy_(loss)
         self.p_act.copy_(activity["p_act"])
@@ -465,12 +485,13 @@ class L3D(L.LightningModule):
 
     @torch.no_grad()
     def _log_step(self, step: Step, prepared: Prepared) -> None:
-        best = int(step.loss.argmin())
+        losses = self._ranks.sum(step.loss) / self._ranks.size
+        best = int(losses.argmin())
         now, then = (self._progress.step, time.perf_counter()), self._progress.clock
         self._progress.clock = now
         values: dict[str, Any] = {
-            "train/loss": step.loss[best],
-            "train/norm_ratio": step.loss[best].clamp_min(0).sqrt(),
+            "train/loss": losses[best],
+            "train/norm_ratio": losses[best].clamp_min(0).sqrt(),
             "train/l0": step.mask[:, best].sum(1).float().mean(),
             "train/k": self.current_k(),
             "train/threshold": self.threshold.value[best],
@@ -481,10 +502,10 @@ class L3D(L.LightningModule):
         if now[0] > then[0]:
             samples = step.mask.shape[0] * self.trainer.world_size
             values["train/samples_per_second"] = (now[0] - then[0]) * samples / (now[1] - then[1])
-        per_parameter = self.subnetworks.loss_per_parameter(prepared, step.codes)
+        per_parameter = self.subnetworks.loss_per_parameter(prepared, step.codes, ranks=self._ranks)
         values |= {f"train/loss/{name}": loss[best] for name, loss in per_parameter.items()}
         self.log_dict(values)
-        self.log("loss", step.loss[best], prog_bar=True, logger=False)
+        self.log("loss", values["train/loss"], prog_bar=True, logger=False)
 
     def on_train_epoch_end(self) -> None:
         period = max(1, self.trainer.check_val_every_n_epoch or 1)
@@ -536,7 +557,7 @@ class L3D(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["l3d"] = {
             "target_fingerprint": fingerprint(self.target),
-            "random": {name: generator.get_state() for name, generator in self._random.items()},
+            "random": self._ranks.gather({name: state.get_state() for name, state in self._random.items()}),
             "p_act_samples": self._progress.samples,
             "validated_step": self._validated_step,
             "mean_reference": self.mean_reference,
@@ -563,7 +584,8 @@ class L3D(L.LightningModule):
         self.mean_reference, self._validated_step = state["mean_reference"], state["validated_step"]
         self._progress = Progress(step=checkpoint["global_step"], samples=state["p_act_samples"])
         self._random = {}
-        for name, value in state["random"].items():
+        states = state["random"]  # one for each rank; on another number of ranks the others start anew
+        for name, value in (states[self._ranks.rank] if self._ranks.rank < len(states) else {}).items():
             self._random[name] = torch.Generator()
             self._random[name].set_state(value)
 
@@ -571,7 +593,7 @@ class L3D(L.LightningModule):
         """Random state of its own for each purpose, a function of the seed (and the rank, where ranks must differ)."""
         words = [self.seed, *stream.encode(), *key]
         if stream == "references":
-            words.append(self.global_rank if self._fabric is not None or self._trainer is not None else 0)
+            words.append(self._ranks.rank)
         value = 0
         for word in words:
             value = (value * 1_000_003 + word + 1) % (2**63 - 25)

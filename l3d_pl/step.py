@@ -21,6 +21,7 @@ from torch import Tensor
 
 from l3d_pl.batch_topk import batch_topk
 from l3d_pl.gradients import OuterGradient
+from l3d_pl.parallel import ALONE, Ranks
 from l3d_pl.subnetworks import Prepared, Subnetworks
 from l3d_pl.tucker import Matrices, Tucker, flatten, multiply_out, multiply_out_backward, unflatten
 
@@ -39,13 +40,17 @@ class Step(NamedTuple):
         return self.coefficients * self.mask
 
 
-def decompose(subnetworks: Subnetworks, prepared: Prepared, k: float) -> Step:
-    """c = V_in g, the fraction k of the largest |c|, and L (paper, training step 4)."""
+def decompose(subnetworks: Subnetworks, prepared: Prepared, k: float, ranks: Ranks = ALONE) -> Step:
+    """c = V_in g, the fraction k of the largest |c|, and L (paper, training step 4).
+
+    With several `ranks` the batch is that of all of them. Each gets the loss of its own samples over everybody's energy
+    times the number of ranks: the mean of these losses, and of their gradients, is that of one process with all.
+    """
     names = prepared.names
     tuckers_in, tuckers_out = subnetworks.v_in.tuckers(), subnetworks.v_out.tuckers()
     flat = flatten([tuckers_in[name] for name in names]) + flatten([tuckers_out[name] for name in names])
     modes = [len(subnetworks.shapes[name]) for name in names]
-    return Step(*_Step.apply(prepared, k, subnetworks.restarts, subnetworks.chunk, modes, *flat))
+    return Step(*_Step.apply(prepared, k, ranks, subnetworks.restarts, subnetworks.chunk, modes, *flat))
 
 
 class _Side:
@@ -91,14 +96,14 @@ class _Side:
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, prepared: Prepared, k: float, restarts: int, chunk: int, modes: list[int], *flat: Tensor
+        ctx: Any, prepared: Prepared, k: float, ranks: Ranks, restarts: int, chunk: int, modes: list[int], *flat: Tensor
     ) -> Any:
         with torch.autocast(flat[0].device.type, enabled=False):
             half, samples = len(flat) // 2, prepared.n_samples
             side_in = _Side(prepared, unflatten(modes, flat[:half]), chunk)
             side_out = _Side(prepared, unflatten(modes, flat[half:]), chunk)
             total = float(prepared.energy)
-            energy = max(total, torch.finfo(torch.float32).tiny)
+            energy = max(float(ranks.sum(prepared.energy)), torch.finfo(torch.float32).tiny) / ranks.size
             scale = 2 / energy
 
             c = side_in.contract()
@@ -108,7 +113,7 @@ class _Step(torch.autograd.Function):
                 c = torch.mm(prepared.block, v_in) if c is None else torch.addmm(c, prepared.block, v_in)
             assert c is not None  # every parameter is in the block or factored
             c = c.view(samples, restarts, -1)
-            mask, threshold = batch_topk(c, k)
+            mask, threshold = batch_topk(c, k, ranks)
             by_restart = (c * mask).transpose(0, 1)  # codes, [R, N, n_v]
 
             error: Tensor | float = 0.0
@@ -152,4 +157,4 @@ class _Step(torch.autograd.Function):
         if d_loss.is_cuda or bool((d_loss != 1).any()):
             per_subnetwork = d_loss.repeat_interleave(gradients[0].shape[0] // d_loss.shape[0])
             gradients = [g * per_subnetwork.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
-        return None, None, None, None, None, *gradients
+        return None, None, None, None, None, None, *gradients

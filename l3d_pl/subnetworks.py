@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from l3d_pl.errors import L3DError, did_you_mean
 from l3d_pl.gradients import DenseGradient, OuterGradient, SampleGradient
+from l3d_pl.parallel import ALONE, Ranks
 from l3d_pl.targets.frozen import matches_pattern
 from l3d_pl.tucker import Matrices, Rank, Tucker, TuckerParameters, dense_block, resolve_ranks
 
@@ -341,8 +342,10 @@ class Subnetworks(nn.Module):
         return Reconstruction(total, prepared.energy)
 
     @torch.no_grad()
-    def loss_per_parameter(self, prepared: Prepared, codes: Tensor, view: View | None = None) -> dict[str, Tensor]:
-        """L of every parameter by itself, {name: [R]}."""
+    def loss_per_parameter(
+        self, prepared: Prepared, codes: Tensor, view: View | None = None, ranks: Ranks = ALONE
+    ) -> dict[str, Tensor]:
+        """L of every parameter by itself, {name: [R]}; over the samples of all `ranks`."""
         view = self.view(self.v_out, prepared) if view is None else view
         errors = []
         if prepared.block is not None:
@@ -352,8 +355,9 @@ class Subnetworks(nn.Module):
             alone = View(None, {name: view.tuckers[name]})
             energy = gradient.squared_norms().sum(dtype=torch.float64)
             errors.append(self._gram_error(codes, gradient.coefficients(view.tuckers[name]), alone, energy))
-        energies = prepared.energies().clamp_min(torch.finfo(torch.float32).tiny)
-        return {name: error / energy for name, error, energy in zip(prepared.names, errors, energies, strict=True)}
+        energies = ranks.sum(prepared.energies()).clamp_min(torch.finfo(torch.float32).tiny)
+        total = ranks.sum(torch.stack(errors))
+        return {name: error / energy for name, error, energy in zip(prepared.names, total, energies, strict=True)}
 
     def _residual(self, block: Tensor, codes: Tensor, view: View) -> Tensor:
         """g - V_out code over the dense block, [R, N, w]."""

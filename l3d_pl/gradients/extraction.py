@@ -16,6 +16,7 @@ from l3d_pl.gradients.forward import batch_size, call_model, inputs_of, slice_in
 from l3d_pl.gradients.functional import oracle_gradients, sample_gradient
 from l3d_pl.gradients.sample_gradient import DenseGradient, SampleGradient, wide
 from l3d_pl.gradients.samples import SAMPLES, Samples, TokenPasses, choose_samples
+from l3d_pl.parallel import ALONE, Ranks
 from l3d_pl.targets.frozen import select_parameters
 
 
@@ -95,7 +96,11 @@ class GradientExtractor:
         return torch.autocast(tensors_of(inputs_of(batch))[0].device.type, AUTOCAST[self.autocast])
 
     def __call__(
-        self, batch: Any, generator: torch.Generator | None = None, references: Tensor | None = None
+        self,
+        batch: Any,
+        generator: torch.Generator | None = None,
+        references: Tensor | None = None,
+        ranks: Ranks = ALONE,
     ) -> Extraction:
         """Gradients of all samples in `batch`.
 
@@ -103,6 +108,7 @@ class GradientExtractor:
             batch: a tensor, a tuple (inputs, ...), or a mapping (see `inputs_of`).
             generator: random state for the references (CPU).
             references: y_r of every sample, [N, ...], instead of drawing them.
+            ranks: who has the other samples that mean references are a mean of.
 
         Raises:
             L3DError: a first batch that the target model cannot take, such as inputs of the wrong width.
@@ -124,13 +130,13 @@ class GradientExtractor:
             self._has_run = True
             if capture.operands_changed() and not self._copy_operands:
                 self._copy_operands = True  # this model changes activations in place after their use: keep copies
-                return self(batch, generator, references)
+                return self(batch, generator, references, ranks)
             samples = choose_samples(self.sample, batch, output, self.tokens_per_sequence, generator)
             outputs = samples.outputs(wide(output.detach()))
             given = references
             if references is None:
                 contrast = self._contrast(batch, samples)
-                references = make_references(self.reference, outputs, self.divergence, generator, contrast)
+                references = make_references(self.reference, outputs, self.divergence, generator, contrast, ranks)
             elif len(references) == 1:
                 references = references.expand_as(outputs)
             at_outputs = self.divergence.gradient(*samples.comparable(outputs, references))
