@@ -4,9 +4,9 @@
         --root runs/pareto/pydoc_lm -- --trainer.max_epochs 1
 
 Every cell is one `l3d fit` into a folder of its own; what stands after `--` goes to each of them. Finished cells are
-kept, so the same command goes on after a stop, and a larger grid adds to a smaller one. In `--root`:
+kept, so the same command goes on after a stop, and further values add to the grid. In `--root`:
 
-    pareto.csv, pareto.md   a row per cell
+    pareto.csv, pareto.md   a row for each cell that is there
     pareto.png              loss against n_v, loss against L0, dead share against n_v
 
 `loss` is the held-out L with batch top-k, which keeps `l0` = k n_v subnetworks per sample; `loss_at_threshold` and
@@ -38,9 +38,8 @@ from l3d_pl.batch_topk import check_k
 from l3d_pl.callbacks import Stopped
 from l3d_pl.cli import OneLineParser, bad_input_in, find_config, one_line, quiet, run
 from l3d_pl.errors import L3DError, require_choice
-from l3d_pl.lightning_module import RECIPES
 
-LINES = dict(zip(RECIPES, ("--", "-"), strict=True))
+LINES = {"l3d_pl": "-", "paper": "--"}
 
 
 @dataclass(frozen=True)
@@ -61,59 +60,68 @@ class Cell:
     seed: int
 
 
-def fit(config: str, recipe: str, n_v: int, k: float, more: Sequence[str], root: Path) -> Cell:
-    """The cell, from its folder where it is finished.
-
-    Raises:
-        L3DError: the folder holds a cell made by other arguments.
-    """
-    folder = root / f"{recipe}_nv{n_v}_k{k:g}"
+def fit(config: str, recipe: str, n_v: int, k: float, more: Sequence[str], folder: Path) -> Cell:
+    """One cell, into `folder`."""
     args = ["--config", config, "--model.recipe", recipe, "--model.n_subnetworks", str(n_v), "--model.k", str(k), *more]
-    result = folder / "cell.json"
-    if result.is_file():
-        kept = json.loads(result.read_text())
-        if kept["args"] != args:
-            raise L3DError(f"root: {folder} was made by {' '.join(kept['args'])}; give these arguments another --root")
-        return Cell(**kept["cell"])
+    args += ["--trainer.logger", "true", "--trainer.enable_progress_bar", "false"]
     start, start_cpu = time.perf_counter(), time.process_time()
-    own = (
-        "--trainer.logger",
-        "true",
-        "--trainer.enable_progress_bar",
-        "false",
-        "--trainer.default_root_dir",
-        str(folder),
-    )
-    cli = run(["fit", *args, *own])
+    cli = run(["fit", *args, "--trainer.default_root_dir", str(folder)])
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     with open(folder / "metrics.csv", newline="") as file:
         last = [row for row in csv.DictReader(file) if row.get("val/loss")][-1]
-    loss, *rest = (
-        float(last[f"val/{name}"]) for name in ("loss", "loss_at_threshold", "l0_at_threshold", "dead_fraction")
+    return Cell(
+        recipe=recipe,
+        n_v=n_v,
+        k=k,
+        loss=float(last["val/loss"]),
+        l0=k * n_v,
+        loss_at_threshold=float(last["val/loss_at_threshold"]),
+        l0_at_threshold=float(last["val/l0_at_threshold"]),
+        dead_fraction=float(last["val/dead_fraction"]),
+        steps=cli.trainer.global_step,
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
+        seed=cli.model.seed,
     )
-    cell = Cell(recipe, n_v, k, loss, k * n_v, *rest, cli.trainer.global_step, seconds, cpu_seconds, cli.model.seed)
-    aside = folder / ".cell.json.writing"
-    aside.write_text(json.dumps({"args": args, "cell": asdict(cell)}, indent=1))
-    os.replace(aside, result)
-    return cell
 
 
 def sweep(
     config: str, n_v: Sequence[int], k: Sequence[float], recipes: Sequence[str], more: Sequence[str], root: Path
 ) -> list[Cell]:
-    """All cells of the grid, the small ones first; table and plot grow with them."""
-    grid = list(product(recipes, sorted(set(n_v)), sorted(set(k))))
-    cells: list[Cell] = []
+    """The cells of the grid that `root` does not hold yet; returns all that it holds then.
+
+    Raises:
+        L3DError: `root` holds cells of another config, or with other arguments.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    made_by, common = root / "arguments.json", [config, *more]
+    if made_by.is_file() and (kept := json.loads(made_by.read_text())) != common:
+        raise L3DError(f"root: {root} is of {' '.join(kept)}; give {' '.join(common)} another --root")
+    save(made_by, common)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)  # not rich's global one: Lightning's own bar, of a target's training, resets that
     with Progress(*columns, console=console) as progress:
+        grid = list(product(recipes, sorted(set(n_v)), sorted(set(k))))
         bar = progress.add_task("", total=len(grid))
         for recipe, width, share in grid:
             progress.update(bar, description=f"{recipe}, n_v {width}, k {share:g}")
-            cells.append(fit(config, recipe, width, share, more, root))
+            folder = root / f"{recipe}_nv{width}_k{share:g}"
+            if not (folder / "cell.json").is_file():
+                save(folder / "cell.json", asdict(fit(config, recipe, width, share, more, folder)))
+                write(cells_of(root), root)
             progress.advance(bar)
-            write(cells, root)
-    return cells
+    return cells_of(root)
+
+
+def save(path: Path, content: object) -> None:
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text(json.dumps(content, indent=1))
+    os.replace(aside, path)
+
+
+def cells_of(root: Path) -> list[Cell]:
+    cells = [Cell(**json.loads(path.read_text())) for path in root.glob("*/cell.json")]
+    return sorted(cells, key=lambda c: (c.recipe, c.n_v, c.k))
 
 
 def write(cells: Sequence[Cell], root: Path) -> None:
@@ -185,19 +193,19 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--config", default="digits_cnn", help="a config file, or a shipped one by name")
     parser.add_argument("--n_v", type=int, nargs="+", default=[25, 50, 100, 200])
     parser.add_argument("--k", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.2])
-    parser.add_argument("--recipes", nargs="+", default=["l3d_pl"], help=", ".join(RECIPES))
-    parser.add_argument("--root", type=Path, default=Path("runs/pareto"), help="where the cells and the results go")
+    parser.add_argument("--recipes", nargs="+", default=["l3d_pl"], help=", ".join(LINES))
+    parser.add_argument("--root", type=Path, help="where cells and results go (default: runs/pareto/<config's name>)")
     known = parser.parse_args(argv[:split])
-    find_config(known.config)
+    root = known.root or Path("runs/pareto", Path(find_config(known.config)).stem)
     for recipe in known.recipes:
-        require_choice("recipes", recipe, RECIPES)
+        require_choice("recipes", recipe, LINES)
     for k in known.k:
         check_k(k)
     quiet()
     sys.argv = sys.argv[:1]  # LightningCLI warns of arguments that it is not given
     os.environ["L3D_QUIET_SUMMARY"] = "1"
-    cells = sweep(known.config, known.n_v, known.k, known.recipes, argv[split + 1 :], known.root)
-    print(table(cells), f"plot: {known.root / 'pareto.png'}, rows: {known.root / 'pareto.csv'}", sep="\n")
+    cells = sweep(known.config, known.n_v, known.k, known.recipes, argv[split + 1 :], root)
+    print(table(cells), f"plot: {root / 'pareto.png'}, rows: {root / 'pareto.csv'}", sep="\n")
 
 
 if __name__ == "__main__":
