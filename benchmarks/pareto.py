@@ -3,8 +3,8 @@
     python benchmarks/pareto.py --config pydoc_lm --n_v 25 50 100 200 --k 0.02 0.05 0.1 0.2 --recipes l3d_pl paper \\
         --root runs/pareto/pydoc_lm -- --trainer.max_epochs 1
 
-Every cell is one `l3d fit` into a folder of its own; what stands after `--` goes to each of them. Finished cells are
-kept, so the same command goes on after a stop, and further values add to the grid. In `--root`:
+Every cell is one `l3d fit` into a folder of its own; what stands after `--` goes to each of them (repairs not to
+recipe `paper`). Finished cells are kept, so the same command goes on after a stop, and further values add to the grid. In `--root`:
 
     pareto.csv, pareto.md   a row for each cell that is there
     pareto.png              loss against n_v, loss against L0, dead share against n_v
@@ -40,6 +40,8 @@ from l3d_pl.cli import OneLineParser, bad_input_in, find_config, one_line, quiet
 from l3d_pl.errors import L3DError, require_choice
 
 LINES = {"l3d_pl": "-", "paper": "--"}
+# The published procedure repairs nothing, whatever the config and the arguments say.
+PUBLISHED = ("--model.aux_coefficient", "0", "--model.revive_every", "0")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Cell:
 def fit(config: str, recipe: str, n_v: int, k: float, more: Sequence[str], folder: Path) -> Cell:
     """One cell, into `folder`."""
     args = ["--config", config, "--model.recipe", recipe, "--model.n_subnetworks", str(n_v), "--model.k", str(k), *more]
+    args += PUBLISHED if recipe == "paper" else ()
     args += ["--trainer.logger", "true", "--trainer.enable_progress_bar", "false"]
     start, start_cpu = time.perf_counter(), time.process_time()
     cli = run(["fit", *args, "--trainer.default_root_dir", str(folder)])
