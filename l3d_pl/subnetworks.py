@@ -299,7 +299,7 @@ class Subnetworks(nn.Module):
         gram = self.restarts * min(Matrices.gram_costs(self.n_subnetworks, rows, columns, rank))
         factored = 2 * n * gradient.contraction_cost(rank) + gram
         path = "dense" if dense <= factored else "factored"
-        return path, f"{dense / 1e6:.3g} M multiplications dense, {factored / 1e6:.3g} M factored"
+        return path, f"{dense / 1e9:.2f} G multiplications dense, {factored / 1e9:.2f} G factored"
 
     def prepare(self, gradients: Mapping[str, SampleGradient]) -> Prepared:
         """Lay out a batch of per-sample gradients for contraction."""

@@ -6,6 +6,7 @@ the full tensor [n, I1, ..., IN] is built by `dense` only.
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -374,7 +375,8 @@ def truncate(tensors: Tensor, ranks: Sequence[int]) -> Tucker:
         core = nn.functional.pad(core, (0, shape[1] - core.shape[2], 0, shape[0] - core.shape[1]))
         core = core[:, : ranks[0], : ranks[1]].contiguous()
         return Tucker(core, (u[..., : ranks[0]].contiguous(), vh[:, : ranks[1]].mT.contiguous()))
-    with tensorly.backend_context("pytorch", local_threadsafe=True):
+    with tensorly.backend_context("pytorch", local_threadsafe=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Trying to compute SVD")  # of modes smaller than the rest's rank
         parts = [tensorly_tucker(tensor, rank=list(ranks), init="svd", n_iter_max=10) for tensor in tensors]
     factors = tuple(torch.stack([part.factors[mode] for part in parts]) for mode in range(len(shape)))
     return Tucker(torch.stack([part.core for part in parts]), factors)

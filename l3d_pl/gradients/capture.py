@@ -189,7 +189,7 @@ class Capture(TorchFunctionMode):
         """What an operation on samples gives, or writes into, derives from the inputs too."""
         if isinstance(result, Tensor):
             result._l3d_mark = self.mark  # type: ignore[attr-defined]
-            if self.positions and result.requires_grad and result.ndim > 2:
+            if self.positions and result.grad_fn is not None and result.ndim > 2:
                 self.stream += [get_gradient_edge(result)] if result.shape[:2] == (self.n, self.positions) else []
         elif isinstance(result, (tuple, list)):
             for part in _tensors((result,), {}):

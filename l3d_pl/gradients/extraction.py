@@ -192,17 +192,24 @@ class GradientExtractor:
             f"no gradient rule covers these parameters, the slow per-sample oracle does: {listed}", stacklevel=4
         )
 
-    def check(self, batch: Any, extraction: Extraction, index: int = 0, tolerance: float = 1e-3) -> None:
+    def check(self, batch: Any, extraction: Extraction, index: int = 0, tolerance: float | None = None) -> None:
         """Compare sample `index` with plain autograd of that sample alone, and tell if they are not the same.
 
         What it catches: models that mix samples of a batch, or keep them in another dimension than the first.
+
+        Args:
+            tolerance: of the difference's norm relative to the gradient's; default 1e-3, and 0.1 in half precision.
 
         Raises:
             L3DError: a parameter whose captured gradient differs, by name.
         """
         samples, references = extraction.samples, extraction.references
+        if tolerance is None:
+            is_half = self.autocast is not None or any(wide(p) is not p for p in self.parameters.values())
+            tolerance = 0.1 if is_half else 1e-3
         try:
-            alone = sample_gradient(self.model, self.parameters, batch, references, self.divergence, samples, index)
+            with self._precision(batch):
+                alone = sample_gradient(self.model, self.parameters, batch, references, self.divergence, samples, index)
         except RuntimeError:  # autograd itself refuses models that change an operand in place after its use
             entry, _ = samples.alone(index)
             single = (slice_inputs(inputs_of(batch), slice(entry, entry + 1)),)

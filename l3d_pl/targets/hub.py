@@ -72,8 +72,10 @@ def _load(
     folder = pretrained if Path(pretrained).is_dir() else _download(pretrained, revision)
     _require_model_type(folder, pretrained, role, getattr(transformers, auto_class))
     extra: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    verbosity = transformers.logging.get_verbosity()
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()  # its table of missing tensors is an error of ours, below
+    if sum(file.stat().st_size for file in Path(folder).glob("*") if file.is_file()) < 2**30:  # read in a moment
+        transformers.logging.disable_progress_bar()
     try:
         model, report = getattr(transformers, auto_class).from_pretrained(
             folder,
@@ -94,6 +96,8 @@ def _load(
         raise L3DError(f"target {pretrained}: {reason.strip()}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
     # transformers would draw them at random, with no more than a warning
     if lost := sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]):
         raise L3DError(
