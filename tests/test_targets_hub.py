@@ -407,7 +407,7 @@ def test_language_model_of_the_shipped_recipe_beats_pairs_of_tokens(
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     quiet = ["--trainer.enable_progress_bar", "false"]
     figures = train_target(["--config", find_config("targets/pydoc_lm"), *quiet], str(tmp_path / "lm"))
-    assert figures["loss"] < figures["bigram_loss"] - 0.25 < figures["unigram_loss"] - 1.5
+    assert figures["loss"] < figures["bigram_loss"] - 0.15 < figures["unigram_loss"] - 1.5
     data = TextData(length=64, n_val=None, val_batch_size=64)
     data.setup("validate")
     loaded = freeze(language_model(str(tmp_path / "lm")))
