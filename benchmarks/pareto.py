@@ -3,8 +3,9 @@
     python benchmarks/pareto.py --config pydoc_lm --n_v 25 50 100 200 --k 0.02 0.05 0.1 0.2 --recipes l3d_pl paper \\
         --root runs/pareto/pydoc_lm -- --trainer.max_epochs 1
 
-Every cell is one `l3d fit` into a folder of its own; what stands after `--` goes to each of them (repairs not to
-recipe `paper`). Finished cells are kept, so the same command goes on after a stop, and further values add to the grid. In `--root`:
+Every cell is one `l3d fit` into a folder of its own. What stands after `--` goes to each of them, but recipe `paper`
+never repairs. Finished cells are kept: the same command goes on after a stop, further values add to the grid.
+In `--root`:
 
     pareto.csv, pareto.md   a row for each cell that is there
     pareto.png              loss against n_v, loss against L0, dead share against n_v
