@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from l3d_pl.errors import L3DError
+from l3d_pl.parallel import Ranks
 
 
 class Stopped(Exception):
@@ -111,6 +112,7 @@ class RandomState(Callback):
     """Saves the global random states of torch, NumPy and Python, and puts them back before the first resumed batch.
 
     Lightning restores none of them; a target with dropout, or a data set that draws numbers, would go on differently.
+    Each rank has its own, and takes up its own again; where there are more ranks than before, the new ones keep theirs.
     """
 
     def __init__(self) -> None:
@@ -132,10 +134,11 @@ class RandomState(Callback):
         }
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state_all()
-        return state
+        return {"ranks": Ranks.of_run().gather(state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._pending = state_dict
+        states, rank = state_dict["ranks"], Ranks.of_run().rank
+        self._pending = states[rank] if rank < len(states) else None
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -153,9 +156,10 @@ class RandomState(Callback):
 
 
 class StopOnSignal(Callback):
-    """SIGTERM or SIGINT: finish the batch, save a checkpoint, end with `Stopped`. A second SIGINT ends at once.
+    """SIGTERM, SIGINT, SIGUSR1: finish the batch, save a checkpoint, end with `Stopped`. A second SIGINT ends at once.
 
-    The handler only sets a flag: nothing is saved inside a signal handler, where half a step may be done.
+    The handler only sets a flag: nothing is saved inside a signal handler, where half a step may be done. A signal to
+    any rank stops all of them, after the same batch.
     """
 
     def __init__(self) -> None:
@@ -164,7 +168,7 @@ class StopOnSignal(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Not before: Lightning has noted by now which handlers were there, and puts them back at any end."""
         self._received = None
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
@@ -173,12 +177,14 @@ class StopOnSignal(Callback):
         self._received = signal.Signals(signum).name
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if self._received is None or not can_resume_here(trainer):
+        if not can_resume_here(trainer):
+            return
+        if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             return
         checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints)]
         saved = checkpoints[0].save_now(trainer) if checkpoints else "nothing (no Checkpoints callback)"
         trainer._logger_connector.update_train_step_metrics()  # Lightning writes this step's figures after this hook
-        raise Stopped(f"{self._received} after step {trainer.global_step}: saved {saved}")
+        raise Stopped(f"{self._received or 'a signal to another rank'} after step {trainer.global_step}: saved {saved}")
 
 
 class ExportDecomposition(Callback):

@@ -5,6 +5,7 @@
     l3d target --config CONFIG [--output FILE]                  train a target model
     l3d score DIR                                               ground-truth table of a finished toy run
     l3d report DIR                                              pictures and page of a finished run
+    l3d slurm submit|status|resume|collect DIR                  runs as jobs of a cluster
     l3d demo | l3d toys                                         what `make run` and `make toys` run
 
 CONFIG is a YAML file, or the name of a shipped one (`tms`, `configs/tms.yaml`). Bad input ends with one line and exit
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "target": target_command,
         "score": score_command,
         "report": report_command,
+        "slurm": slurm_command,
         "demo": demo_command,
         "toys": toys_command,
     }
@@ -61,10 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         quiet()
         commands[args[0]](args if args[0] in LIGHTNING_COMMANDS else args[1:])
     except Exception as error:
+        from lightning.pytorch.utilities import rank_zero_only
+
         from l3d_pl.callbacks import Stopped
 
         if isinstance(error, Stopped):
-            print(f"l3d: {error}", flush=True)
+            rank_zero_only(print)(f"l3d: {error}", flush=True)
             return 0
         bad_input = bad_input_in(error)
         if bad_input is None:
@@ -110,6 +114,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*is a wandb run already.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # a login node has it too
     warnings.filterwarnings("ignore", message=".*Total length of .* across ranks is zero.*")  # `L3D` raises
     for module in ("jsonargparse", "lightning", "torchdata", "torch.utils._pytree", "torch.jit"):
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=rf"{module}.*")
@@ -221,6 +226,41 @@ def report_command(args: list[str]) -> None:
     parser = OneLineParser(prog="l3d report", description="Pictures and HTML page of a finished run.")
     parser.add_argument("dir", help="a run's directory, such as runs/tms")
     print(write_report(Path(parser.parse_args(args).dir)))
+
+
+def slurm_command(args: list[str]) -> None:
+    from l3d_pl import slurm
+
+    parser = OneLineParser(
+        prog="l3d slurm", description="Runs as jobs of a cluster (docs/recipes.md).", allow_abbrev=False
+    )
+    parser.add_argument("action", choices=["submit", "status", "resume", "collect"])
+    parser.add_argument("dir", type=Path, help="directory of a run, of a sweep, or of several of them")
+    submit = parser.add_argument_group(
+        "submit", "further options go to sbatch, and what follows -- to l3d fit: --nodes 2 -- --config mine.yaml"
+    )
+    submit.add_argument("--profile", default="cpu", help="options of sbatch to begin with: cpu or gpu")
+    submit.add_argument("--grid", type=Path, default=None, help="file with a line of arguments for each run")
+    submit.add_argument("--at-once", type=int, default=4, help="runs of a grid side by side")
+    submit.add_argument("--dry-run", action="store_true", help="write the scripts, submit nothing")
+    end = args.index("--") if "--" in args else len(args)
+    known, sbatch_options = parser.parse_known_args(args[:end])
+    if known.action != "submit" and (sbatch_options or args[end:]):
+        raise L3DError(
+            f"l3d slurm {known.action}: found {' '.join(sbatch_options + args[end:])}, allowed is a directory"
+        )
+    if known.action == "submit":
+        job = slurm.submit(
+            known.dir, args[end + 1 :], sbatch_options, known.profile, known.grid, known.at_once, known.dry_run
+        )
+        print(f"{known.dir / 'slurm'} is written" + (f", submitted as job {job}" if job else ""))
+    elif known.action == "status":
+        slurm.print_status(known.dir)
+    elif known.action == "resume":
+        jobs = slurm.resume(known.dir)
+        print(f"submitted again as {', '.join(jobs)}" if jobs else "nothing to resume")
+    else:
+        print(slurm.collect(known.dir))
 
 
 # What `l3d demo` runs, one after the other, and what makes it short there: four minutes in all on two cores.

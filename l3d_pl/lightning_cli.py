@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 import yaml
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, instantiate_class
 
@@ -201,6 +202,8 @@ class L3DCLI(LightningCLI):
             kwargs["logger"] = RunLogger(config["default_root_dir"]) if self.subcommand == "fit" else False
         plugins = config["plugins"] or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        if SLURMEnvironment.detect():  # Lightning would save inside its signal handler; the batch script requeues
+            kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, MisconfigurationException) as error:
@@ -212,7 +215,9 @@ class L3DCLI(LightningCLI):
 
     def fit(self, model: L3D, **kwargs: Any) -> None:
         """`Trainer.fit`, with the line that says how a stopped run goes on."""
-        start = time.perf_counter()
+        start, finished = time.perf_counter(), Path(self.trainer.default_root_dir, "finished")
+        if self.trainer.is_global_zero:
+            finished.unlink(missing_ok=True)
         try:
             self.trainer.fit(model, **kwargs)
         except Stopped as stopped:
@@ -226,6 +231,7 @@ class L3DCLI(LightningCLI):
             # An earlier fit's score must not pass for this one's, which may not get one.
             Path(self.trainer.default_root_dir, "score.json").unlink(missing_ok=True)
             write_report(Path(self.trainer.default_root_dir))
+            finished.touch()  # after this, slurm/run.sh does not start the run again
             if not os.environ.get("L3D_QUIET_SUMMARY"):
                 print_summary(Path(self.trainer.default_root_dir), time.perf_counter() - start)
 

@@ -30,16 +30,22 @@ def provenance() -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """Commit of the checkout this package runs from; None for an installed package."""
+    head, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    return None if head is None or status is None else head.strip() + ("+dirty" if status.strip() else "")
+
+
+def git_diff() -> str | None:
+    """How the checkout's tracked files differ from its commit; None for an installed package."""
+    return _git("diff", "HEAD")
+
+
+def _git(*command: str) -> str | None:
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True
-        )
-        status = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, timeout=10, check=True
-        )
+        return subprocess.run(
+            ["git", *command], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return head.stdout.strip() + ("+dirty" if status.stdout.strip() else "")

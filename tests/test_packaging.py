@@ -32,8 +32,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_the_packages_and_the_configs(installed: Path) -> None:
     configs = {f"configs/{name}" for name in files_below(ROOT / "configs")}
+    scripts = {f"slurm_scripts/{name}" for name in files_below(ROOT / "slurm")}
     assert configs
-    assert files_below(installed / "l3d_pl") == files_below(ROOT / "l3d_pl") | configs
+    assert scripts
+    assert files_below(installed / "l3d_pl") == files_below(ROOT / "l3d_pl") | configs | scripts
     assert files_below(installed / "datamodules") == files_below(ROOT / "datamodules")
     top = {p.name for p in installed.iterdir() if not p.name.endswith(".dist-info")}
     assert top == {"l3d_pl", "datamodules"}
