@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -40,7 +41,10 @@ from l3d_pl.callbacks import Stopped
 from l3d_pl.cli import OneLineParser, bad_input_in, find_config, one_line, quiet, run
 from l3d_pl.errors import L3DError, require_choice
 
-LINES = {"l3d_pl": "-", "paper": "--"}
+LINES: dict[str, dict[str, Any]] = {
+    "l3d_pl": {"linestyle": "-", "marker": "o"},
+    "paper": {"linestyle": "--", "marker": "x"},
+}
 # The published procedure repairs nothing, whatever the config and the arguments say.
 PUBLISHED = ("--model.aux_coefficient", "0", "--model.revive_every", "0")
 
@@ -160,7 +164,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
         dead.set(xlabel="n_v, subnetworks", ylabel="dead share")
         dead.set_ylim(-0.02, max(0.1, 1.05 * max(c.dead_fraction for c in cells)))
         recipes = list(dict.fromkeys(c.recipe for c in cells))
-        handles = [Line2D([], [], color="black", linestyle=LINES[recipe], label=recipe) for recipe in recipes]
+        handles = [Line2D([], [], color="black", label=recipe, **LINES[recipe]) for recipe in recipes]
         figure.legend(handles=handles, loc="outside upper center", ncols=len(recipes), frameon=False)
         figure.savefig(path, dpi=80)
 
@@ -173,11 +177,7 @@ def lines(axes: Axes, cells: Sequence[Cell], x: str, y: str, of: str) -> None:
         mine = [c for c in cells if getattr(c, of) == value and c.recipe == recipe]
         points = sorted((getattr(c, x), getattr(c, y)) for c in mine)
         axes.plot(
-            *zip(*points, strict=True) if points else ((), ()),
-            LINES[recipe],
-            marker="o",
-            markersize=4,
-            color=colours(index),
+            *zip(*points, strict=True) if points else ((), ()), color=colours(index), markersize=5, **LINES[recipe]
         )
     axes.legend(
         handles=[Line2D([], [], color=colours(i), label=f"{of} {v:g}") for i, v in enumerate(values)], fontsize=9
