@@ -53,7 +53,7 @@ def decompose(subnetworks: Subnetworks, prepared: Prepared, k: float, ranks: Ran
     return Step(*_Step.apply(prepared, k, ranks, subnetworks.restarts, subnetworks.chunk, modes, *flat))
 
 
-class _Side:
+class Side:
     """V_in or V_out against a batch: coefficients and their way back."""
 
     def __init__(self, prepared: Prepared, tuckers: list[Tucker], chunk: int):
@@ -100,8 +100,8 @@ class _Step(torch.autograd.Function):
     ) -> Any:
         with torch.autocast(flat[0].device.type, enabled=False):
             half, samples = len(flat) // 2, prepared.n_samples
-            side_in = _Side(prepared, unflatten(modes, flat[:half]), chunk)
-            side_out = _Side(prepared, unflatten(modes, flat[half:]), chunk)
+            side_in = Side(prepared, unflatten(modes, flat[:half]), chunk)
+            side_out = Side(prepared, unflatten(modes, flat[half:]), chunk)
             total = float(prepared.energy)
             energy = max(float(ranks.sum(prepared.energy)), torch.finfo(torch.float32).tiny) / ranks.size
             scale = 2 / energy

@@ -111,6 +111,14 @@ class Matrices(NamedTuple):
             compute(mine, weights[g], gram[g], into, chunk)
         return gram, d
 
+    def add_products(self, other: "Matrices", weights: Tensor, gram: Tensor, d: "Matrices", chunk: int = CHUNK) -> None:
+        """Add <v_k, w_l> to `gram` [n, m], and the gradient of sum_kl weights_kl <v_k, w_l> at v to `d`."""
+        through_ranks, through_rows = self.gram_costs(
+            other.left.shape[0], self.left.shape[1], self.right.shape[2], self.left.shape[2]
+        )
+        add = add_products if through_ranks < through_rows else add_products_through_rows
+        add(self, other, weights, gram, d, chunk)
+
     @staticmethod
     def gram_costs(n: int, rows: int, columns: int, rank: int) -> tuple[float, float]:
         """Multiplications of `gram_with_gradient` in its two ways: through ranks, and through dense rows."""
@@ -119,19 +127,40 @@ class Matrices(NamedTuple):
 
 def _gram_through_ranks(v: Matrices, weights: Tensor, gram: Tensor, d: Matrices, chunk: int) -> None:
     """M_kl = <L_k^T L_l, Q_k Q_l^T>: small where R² (rows + columns) < rows x columns."""
-    n, rows, rank = v.left.shape
+    gram.zero_()
+    d.left.zero_()
+    d.right.zero_()
+    add_products(v, v, 2 * weights, gram, d, chunk)
+
+
+def add_products(v: Matrices, w: Matrices, weights: Tensor, gram: Tensor, d: Matrices, chunk: int) -> None:
+    """Add <v_k, w_l> to `gram` [n, m], and the gradient of sum_kl weights_kl <v_k, w_l> at v to `d`; through ranks."""
+    (n, rows, rank), (m, _, rank2) = v.left.shape, w.left.shape
     left, right = v.left.mT.reshape(n * rank, rows), v.right.reshape(n * rank, -1)
-    step = max(1, chunk // (n * rank * rank))
+    other_left, other_right = w.left.mT.reshape(m * rank2, rows), w.right.reshape(m * rank2, -1)
+    step = max(1, chunk // (m * rank * rank2))
     for i in range(0, n, step):
         some = slice(i * rank, (i + step) * rank)
-        lefts, rights = left[some] @ left.mT, right[some] @ right.mT  # [some * R, n * R]
-        gram[i : i + step] = (lefts * rights).view(-1, rank, n, rank).sum((1, 3))
-        scale = (2 * weights[i : i + step]).view(-1, 1, n, 1)
-        d_left = (rights.view(-1, rank, n, rank) * scale).view(-1, n * rank) @ left
-        d.left[i : i + step] = d_left.view(-1, rank, rows).mT
-        d.right[i : i + step] = ((lefts.view(-1, rank, n, rank) * scale).view(-1, n * rank) @ right).view(
-            -1, rank, right.shape[1]
-        )
+        lefts, rights = left[some] @ other_left.mT, right[some] @ other_right.mT  # [some * R, m * R']
+        gram[i : i + step] += (lefts * rights).view(-1, rank, m, rank2).sum((1, 3))
+        scale = weights[i : i + step].view(-1, 1, m, 1)
+        d_left = (rights.view(-1, rank, m, rank2) * scale).view(-1, m * rank2) @ other_left
+        d_right = (lefts.view(-1, rank, m, rank2) * scale).view(-1, m * rank2) @ other_right
+        d.left[i : i + step] += d_left.view(-1, rank, rows).mT
+        d.right[i : i + step] += d_right.view(-1, rank, right.shape[1])
+
+
+def add_products_through_rows(v: Matrices, w: Matrices, weights: Tensor, gram: Tensor, d: Matrices, chunk: int) -> None:
+    """`add_products` with w dense, some rows of every tensor at a time."""
+    (n, rows, _), m, columns = v.left.shape, w.left.shape[0], v.right.shape[2]
+    step = max(1, chunk // (max(n, m) * columns))
+    for i in range(0, rows, step):
+        left = v.left[:, i : i + step]
+        dense, other = torch.bmm(left, v.right).flatten(1), torch.bmm(w.left[:, i : i + step], w.right).flatten(1)
+        gram.addmm_(dense, other.mT)
+        pushed = (weights @ other).view(n, -1, columns)
+        d.left[:, i : i + step] += pushed @ v.right.mT
+        d.right.baddbmm_(left.mT, pushed)
 
 
 def _gram_through_rows(v: Matrices, weights: Tensor, gram: Tensor, d: Matrices, chunk: int) -> None:
@@ -145,8 +174,8 @@ def _gram_through_rows(v: Matrices, weights: Tensor, gram: Tensor, d: Matrices, 
     for i in range(0, rows, step):
         left = v.left[:, i : i + step]
         dense = torch.bmm(left, v.right).flatten(1)  # [n, some rows * columns]
-        for k in range(0, n, half := -(-n // 4)):  # M is symmetric: five eighths of it are enough
-            gram[k : k + half, k:].addmm_(dense[k : k + half], dense[k:].mT)
+        for k in range(0, n, some := -(-n // 4)):  # M is symmetric: five eighths of it are enough
+            gram[k : k + some, k:].addmm_(dense[k : k + some], dense[k:].mT)
         pushed = (twice @ dense).view(n, -1, columns)
         d.left[:, i : i + step] = pushed @ v.right.mT
         d.right.baddbmm_(left.mT, pushed)

@@ -11,12 +11,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import assert_same
+from oracles import LAYOUTS, assert_same, decomposition_problem
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
 from l3d_pl.batch_topk import batch_topk, global_threshold, n_selected
 from l3d_pl.parallel import ALONE, Ranks
+from l3d_pl.sharded import decompose_sharded, shard_of, share_gradients
+from l3d_pl.step import decompose
+from l3d_pl.subnetworks import Subnetworks
 
 HERE = Path(__file__).parent
 
@@ -91,3 +94,47 @@ def test_ranks_make_the_step_of_one_process(tmp_path: Path) -> None:
                 assert_same(found[size]["state"][name], value, 1e-9)
             else:
                 assert torch.equal(found[size]["state"][name], value), name
+
+
+def _shards_equal_one_process(ranks: Ranks, layout: str, tokens: bool) -> None:
+    torch.manual_seed(0)
+    n_v, samples, k = 7, 12 if tokens else 11, 0.3
+    whole, gradients = decomposition_problem(layout, samples=samples, n_subnetworks=n_v)
+    expected = decompose(whole, whole.prepare(gradients), k)
+    expected.loss.sum().backward()
+
+    n = samples // 2 if tokens else samples  # groups of samples
+    bounds = [n * rank // ranks.size for rank in range(ranks.size + 1)]
+    mine = torch.arange(bounds[ranks.rank], bounds[ranks.rank + 1])
+    mine = torch.stack([2 * mine, 2 * mine + 1], 1).flatten() if tokens else mine
+    own = {name: gradient.select(mine) for name, gradient in gradients.items()}
+    shard = shard_of(n_v, ranks.rank, ranks.size)
+    part = Subnetworks(
+        whole.shapes, shard.stop - shard.start, {name: list(r) for name, r in whole.ranks.items()}
+    ).double()
+    part.is_dense = whole.is_dense  # type: ignore[method-assign]
+    for side, its in ((part.v_in, whole.v_in), (part.v_out, whole.v_out)):
+        side.copy_({name: tucker.detach().select(shard) for name, tucker in its.tuckers().items()})
+    step = decompose_sharded(part, part.prepare(share_gradients(own, ranks)), k, n_v, ranks, ranks)
+    step.loss.sum().backward()
+
+    assert_same(step.loss.detach(), expected.loss.detach())
+    assert_same(step.threshold, expected.threshold)
+    assert_same(step.coefficients, expected.coefficients[..., shard])
+    assert torch.equal(step.mask, expected.mask[..., shard])
+    for (name, value), other in zip(part.named_parameters(), whole.parameters(), strict=True):
+        assert value.grad is not None, name
+        assert other.grad is not None
+        assert_same(value.grad, other.grad[shard])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_sharded_subnetworks_make_the_step_of_one_process(size: int, tmp_path: Path) -> None:
+    on_ranks(size, tmp_path, _all_shard_cases)
+
+
+def _all_shard_cases(ranks: Ranks) -> None:
+    for layout in LAYOUTS:
+        for tokens in (False, True):
+            _shards_equal_one_process(ranks, layout, tokens)
