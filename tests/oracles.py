@@ -109,7 +109,7 @@ LAYOUTS: dict[str, Callable[[str], bool]] = {
 def decomposition_problem(
     layout: str, restarts: int = 1, samples: int = 7, dtype: torch.dtype = torch.float64, n_subnetworks: int = 5
 ) -> tuple[Subnetworks, dict[str, SampleGradient]]:
-    """Subnetworks with V_in != V_out, and gradients of matrices, an embedding, 4 modes, and where some are dense a vector.
+    """Subnetworks with V_in != V_out, and gradients of matrices, an embedding, 4 modes; a vector where some are dense.
 
     Of tokens where `samples` is even: two for each group.
     """
