@@ -80,7 +80,8 @@ class L3D(L.LightningModule):
         swap_samples: further sample gradients, on which each swap has to lower the loss too.
         dead_after: samples without taking part after which a subnetwork counts as dead.
         aux_coefficient: weight of the auxiliary loss for dead subnetworks (Gao et al.: 1/32); 0: none.
-        revive_every: every so many steps replace dead subnetworks by badly reconstructed gradients; 0: never.
+        revive_every: every so many steps up to 75 % of training replace dead subnetworks by badly reconstructed
+            gradients; 0: never.
         bad_samples: `error` on samples with a non-finite gradient, or `skip` and count them.
         seed: of the start and the references; default: that of `seed_everything`, or 0.
         target_weights: safetensors file with the target's weights; None: `target` comes with them.
@@ -210,7 +211,9 @@ class L3D(L.LightningModule):
         # Not sooner: a candidate fitted to its samples beats any subnetwork that has hardly been trained.
         if self.swap_every and step % self.swap_every == 0 and self.sparse and 0.3 <= done <= 0.75:
             self._swap()
-        if self.revive_every and step % self.revive_every == 0:
+        # Not at the end, where that is known: what comes in late has no steps left to settle, and raises the loss.
+        late = self._progress.total_steps > 0 and done > 0.75
+        if self.revive_every and step % self.revive_every == 0 and not late:
             self._revive()
         self.subnetworks.normalise_()
 

@@ -418,7 +418,7 @@ def test_dead_subnetwork_is_revived(tmp_path: Path) -> None:
         moments = sum(float(value[2].abs().sum()) for value in state if value.ndim > 1)
         seen.append((bool(module.dead()[0, 2]), encoder, moments))
 
-    trainer_of(tmp_path, Bury(2), AfterEachStep(look), max_steps=2).fit(module, data_of())
+    trainer_of(tmp_path, Bury(2), AfterEachStep(look), max_steps=4).fit(module, data_of())
     assert seen[0][0]
     assert seen[0][1] < 1e-2
     assert seen[1] == (
@@ -426,9 +426,10 @@ def test_dead_subnetwork_is_revived(tmp_path: Path) -> None:
         pytest.approx(1.0, abs=1e-4),
         0.0,
     )  # alive, an encoder of unit norm, no memory in the optimizer
-    kept = module_of(swap_every=0, revive_every=0, dead_after=10_000, k=0.2)
-    trainer_of(tmp_path, Bury(2), max_steps=2).fit(kept, data_of())
-    assert bool(kept.dead()[0, 2])
+    for every, steps in ((0, 4), (2, 2)):  # never; and not in the last step, from which it could not settle
+        kept = module_of(swap_every=0, revive_every=every, dead_after=10_000, k=0.2)
+        trainer_of(tmp_path, Bury(2), max_steps=steps).fit(kept, data_of())
+        assert bool(kept.dead()[0, 2])
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 1 / 32])
