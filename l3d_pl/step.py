@@ -129,12 +129,11 @@ class _Step(torch.autograd.Function):
             p = side_out.contract()
             if p is not None:
                 p = p.view(samples, restarts, -1).transpose(0, 1)
-                # L is quadratic in V_out: dL/dM does not depend on M, so that one pass gives M and its way back.
-                d_gram = (by_restart.mT @ by_restart).mul_(scale / 2)
-                grams, d_grams = zip(
-                    *(matrices.gram_with_gradient(d_gram, chunk) for matrices in side_out.matrices), strict=True
+                # L is quadratic in V_out: the way back from codes M depends on nothing that comes after it.
+                parts, d_grams = zip(
+                    *(matrices.push_codes(by_restart, scale, chunk) for matrices in side_out.matrices), strict=True
                 )
-                pushed = by_restart @ torch.stack(grams).sum(0)  # codes M
+                pushed = torch.stack(parts).sum(0)
                 factored_energy = (
                     total if prepared.block is None else total - float(prepared.block.square().sum(dtype=torch.float64))
                 )

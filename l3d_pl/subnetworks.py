@@ -296,7 +296,7 @@ class Subnetworks(nn.Module):
         b, t, s, rows, columns = gradient.sizes
         rank = min(ranks[0], math.prod(ranks[1:]))
         dense = b * t * s * size + 6 * n * rank * size + 5 * gradient.n_samples * n * size
-        gram = self.restarts * min(Matrices.gram_costs(self.n_subnetworks, rows, columns, rank))
+        gram = self.restarts * min(Matrices.gram_costs(self.n_subnetworks, rows, columns, rank, gradient.n_samples))
         factored = 2 * n * gradient.contraction_cost(rank) + gram
         path = "dense" if dense <= factored else "factored"
         return path, f"{dense / 1e9:.2f} G multiplications dense, {factored / 1e9:.2f} G factored"

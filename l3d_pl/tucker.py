@@ -7,7 +7,7 @@ the full tensor [n, I1, ..., IN] is built by `dense` only.
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorly
@@ -91,46 +91,88 @@ class Matrices(NamedTuple):
         assert total is not None
         return total
 
-    def gram_with_gradient(self, weights: Tensor, chunk: int = CHUNK) -> tuple[Tensor, "Matrices"]:
-        """M = <v_k, v_l> within each of R equal groups, [R, n / R, n / R], and the gradient of <weights, M>.
+    def push_codes(self, codes: Tensor, scale: float, chunk: int = CHUNK) -> tuple[Tensor, "Matrices"]:
+        """codes M with M = <v_k, v_l>, and the gradient of scale / 2 <codes, codes M>, within each of R equal groups.
+
+        Three ways lead there, and the one with the fewest multiplications is taken: by M through ranks, by M through
+        dense rows, or by the reconstructions codes V, whose cost grows with n only and not with its square.
 
         Args:
-            weights: [R, n / R, n / R], symmetric. They need not wait for M: the loss is quadratic in V.
+            codes: [R, N, n / R].
             chunk: values that an intermediate result may have.
         """
-        groups, n = weights.shape[:2]
-        rank, rows, columns = self.left.shape[2], self.left.shape[1], self.right.shape[2]
-        gram = torch.empty_like(weights)
-        d = Matrices(torch.empty_like(self.left), torch.empty_like(self.right))
+        groups, samples, n = codes.shape
+        pushed, d = torch.empty_like(codes), Matrices(torch.empty_like(self.left), torch.empty_like(self.right))
+        costs = self.gram_costs(n, self.left.shape[1], self.right.shape[2], self.left.shape[2], samples)
+        way = (_through_ranks, _through_rows, _through_samples)[costs.index(min(costs))]
         for g in range(groups):
             part = slice(g * n, (g + 1) * n)
-            mine = Matrices(self.left[part], self.right[part])
-            into = Matrices(d.left[part], d.right[part])
-            through_ranks, through_rows = self.gram_costs(n, rows, columns, rank)
-            compute = _gram_through_ranks if through_ranks < through_rows else _gram_through_rows
-            compute(mine, weights[g], gram[g], into, chunk)
-        return gram, d
+            mine, into = Matrices(self.left[part], self.right[part]), Matrices(d.left[part], d.right[part])
+            pushed[g] = way(mine, codes[g], scale, into, chunk)
+        return pushed, d
 
     def add_products(self, other: "Matrices", weights: Tensor, gram: Tensor, d: "Matrices", chunk: int = CHUNK) -> None:
         """Add <v_k, w_l> to `gram` [n, m], and the gradient of sum_kl weights_kl <v_k, w_l> at v to `d`."""
-        through_ranks, through_rows = self.gram_costs(
-            other.left.shape[0], self.left.shape[1], self.right.shape[2], self.left.shape[2]
+        through_ranks, through_rows, _ = self.gram_costs(
+            other.left.shape[0], self.left.shape[1], self.right.shape[2], self.left.shape[2], 0
         )
         add = add_products if through_ranks < through_rows else add_products_through_rows
         add(self, other, weights, gram, d, chunk)
 
     @staticmethod
-    def gram_costs(n: int, rows: int, columns: int, rank: int) -> tuple[float, float]:
-        """Multiplications of `gram_with_gradient` in its two ways: through ranks, and through dense rows."""
-        return 2.0 * n * n * rank * rank * (rows + columns), rows * columns * (1.6 * n * n + 3.0 * n * rank)
+    def gram_costs(n: int, rows: int, columns: int, rank: int, samples: int) -> tuple[float, float, float]:
+        """Multiplications of `push_codes` in its three ways: through ranks, through dense rows, through samples."""
+        dense = rows * columns
+        return (
+            2.0 * n * n * rank * rank * (rows + columns),
+            dense * (1.6 * n * n + 3.0 * n * rank),
+            dense * (3.0 * n * samples + 3.0 * n * rank),
+        )
 
 
-def _gram_through_ranks(v: Matrices, weights: Tensor, gram: Tensor, d: Matrices, chunk: int) -> None:
+def _through_ranks(v: Matrices, codes: Tensor, scale: float, d: Matrices, chunk: int) -> Tensor:
     """M_kl = <L_k^T L_l, Q_k Q_l^T>: small where R² (rows + columns) < rows x columns."""
-    gram.zero_()
     d.left.zero_()
     d.right.zero_()
-    add_products(v, v, 2 * weights, gram, d, chunk)
+    gram = codes.new_zeros(codes.shape[1], codes.shape[1])
+    add_products(v, v, (codes.mT @ codes) * scale, gram, d, chunk)
+    return codes @ gram
+
+
+def _through_rows(v: Matrices, codes: Tensor, scale: float, d: Matrices, chunk: int) -> Tensor:
+    """M = V V^T with V dense, some rows of every tensor at a time."""
+    n, columns = codes.shape[1], v.right.shape[2]
+    gram, weights = codes.new_zeros(n, n), (codes.mT @ codes) * scale
+    for part, dense in _dense_rows(v, d, chunk // (2 * n * columns)):
+        for k in range(0, n, some := -(-n // 4)):  # M is symmetric: five eighths of it are enough
+            gram[k : k + some, k:].addmm_(dense[k : k + some], dense[k:].mT)
+        _back_to_matrices(v, (weights @ dense).view(n, -1, columns), part, d)
+    return codes @ (gram.triu() + gram.triu(1).mT)
+
+
+def _through_samples(v: Matrices, codes: Tensor, scale: float, d: Matrices, chunk: int) -> Tensor:
+    """(codes V) V^T, some rows of every tensor at a time."""
+    (samples, n), columns = codes.shape, v.right.shape[2]
+    pushed, scaled = torch.zeros_like(codes), codes.mT * scale
+    for part, dense in _dense_rows(v, d, chunk // ((n + samples) * columns)):
+        reconstructed = codes @ dense
+        pushed.addmm_(reconstructed, dense.mT)
+        _back_to_matrices(v, (scaled @ reconstructed).view(n, -1, columns), part, d)
+    return pushed
+
+
+def _dense_rows(v: Matrices, d: Matrices, step: int) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of all tensors, dense, `step` at a time: (which, [n, step * columns]). Clears what `d` will sum up."""
+    d.right.zero_()
+    for i in range(0, v.left.shape[1], max(1, step)):
+        part = slice(i, i + max(1, step))
+        yield part, torch.bmm(v.left[:, part], v.right).flatten(1)
+
+
+def _back_to_matrices(v: Matrices, pushed: Tensor, part: slice, d: Matrices) -> None:
+    """The gradient at some dense rows [n, rows, columns] goes to the matrices they are a product of."""
+    d.left[:, part] = pushed @ v.right.mT
+    d.right.baddbmm_(v.left[:, part].mT, pushed)
 
 
 def add_products(v: Matrices, w: Matrices, weights: Tensor, gram: Tensor, d: Matrices, chunk: int) -> None:
@@ -161,25 +203,6 @@ def add_products_through_rows(v: Matrices, w: Matrices, weights: Tensor, gram: T
         pushed = (weights @ other).view(n, -1, columns)
         d.left[:, i : i + step] += pushed @ v.right.mT
         d.right.baddbmm_(left.mT, pushed)
-
-
-def _gram_through_rows(v: Matrices, weights: Tensor, gram: Tensor, d: Matrices, chunk: int) -> None:
-    """M = V V^T with V dense, some rows of every tensor at a time; its gradient is 2 weights V."""
-    n, rows, _ = v.left.shape
-    columns = v.right.shape[2]
-    gram.zero_()
-    d.right.zero_()
-    twice = 2 * weights
-    step = max(1, chunk // (2 * n * columns))
-    for i in range(0, rows, step):
-        left = v.left[:, i : i + step]
-        dense = torch.bmm(left, v.right).flatten(1)  # [n, some rows * columns]
-        for k in range(0, n, some := -(-n // 4)):  # M is symmetric: five eighths of it are enough
-            gram[k : k + some, k:].addmm_(dense[k : k + some], dense[k:].mT)
-        pushed = (twice @ dense).view(n, -1, columns)
-        d.left[:, i : i + step] = pushed @ v.right.mT
-        d.right.baddbmm_(left.mT, pushed)
-    gram.copy_(gram.triu() + gram.triu(1).mT)
 
 
 class Tucker(NamedTuple):

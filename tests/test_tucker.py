@@ -50,32 +50,52 @@ def test_inner_products_equal_the_dense_ones(shape: tuple[int, ...], ranks: tupl
     assert_same(matrices.combine(weights).reshape(3, -1), weights @ mine)
 
 
-@pytest.mark.parametrize("way", ["_gram_through_ranks", "_gram_through_rows"])
+@pytest.mark.parametrize("way", [0, 1, 2])
 @pytest.mark.parametrize("chunk", [1, 100, 2**20])
 @pytest.mark.parametrize(("shape", "ranks"), [(shape, ranks) for shape, ranks in SHAPES if len(shape) > 1])
-def test_gram_with_gradient(
-    shape: tuple[int, ...], ranks: tuple[int, ...], chunk: int, way: str, monkeypatch: pytest.MonkeyPatch
+def test_codes_through_the_gram_matrix(
+    shape: tuple[int, ...], ranks: tuple[int, ...], chunk: int, way: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    costs = (0.0, 1.0) if way == "_gram_through_ranks" else (1.0, 0.0)
+    costs = tuple(float(i != way) for i in range(3))
     monkeypatch.setattr(Matrices, "gram_costs", staticmethod(lambda *sizes: costs))
-    tucker, weights = random_tucker(6, shape, ranks), torch.randn(2, 3, 3).double()
-    weights = weights + weights.mT
+    tucker, codes = random_tucker(6, shape, ranks), torch.randn(2, 5, 3).double()
     leaves = [tensor.requires_grad_() for tensor in (tucker.core, *tucker.factors)]
     rows = dense_tucker(tucker).reshape(2, 3, -1)
-    expected = rows @ rows.mT
-    d = torch.autograd.grad(expected, leaves, weights)
+    expected = codes @ rows @ rows.mT
+    d = torch.autograd.grad(0.7 / 2 * (codes * expected).sum(), leaves)
     with torch.no_grad():
-        gram, d_matrices = tucker.matrices().gram_with_gradient(weights, chunk)
-        assert_same(gram, expected)
+        pushed, d_matrices = tucker.matrices().push_codes(codes, 0.7, chunk)
+        assert_same(pushed, expected)
         for mine, theirs in zip(tucker.matrices_backward(d_matrices), d, strict=True):
             assert_same(mine, theirs)
 
 
+@pytest.mark.parametrize("chunk", [1, 2**20])
+@pytest.mark.parametrize("way", [0, 1])
+def test_products_with_other_tensors(way: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = tuple(float(i != way) for i in range(3))
+    monkeypatch.setattr(Matrices, "gram_costs", staticmethod(lambda *sizes: costs))
+    mine, its = random_tucker(4, (5, 6), (2, 3)), random_tucker(3, (5, 6), (3, 2)).matrices()
+    weights, leaves = torch.randn(4, 3).double(), [t.requires_grad_() for t in (mine.core, *mine.factors)]
+    products = mine.dense().flatten(1) @ (its.left @ its.right).flatten(1).mT
+    expected = torch.autograd.grad(products, leaves, weights)
+    with torch.no_grad():
+        matrices = mine.matrices()
+        gram, d = torch.zeros_like(weights), Matrices(*(torch.zeros_like(part) for part in matrices))
+        matrices.add_products(its, weights, gram, d, chunk)
+        assert_same(gram, products)
+        for found, wanted in zip(mine.matrices_backward(d), expected, strict=True):
+            assert_same(found, wanted)
+
+
 def test_gram_takes_the_cheaper_way() -> None:
-    through_ranks, through_rows = Matrices.gram_costs(1000, 2048, 2048, 4)
-    assert through_ranks < through_rows
-    through_ranks, through_rows = Matrices.gram_costs(100, 256, 256, 25)
-    assert through_ranks > through_rows
+    for sizes, cheapest in (
+        ((1000, 2048, 2048, 4, 2000), 0),
+        ((100, 256, 256, 25, 256), 1),
+        ((2000, 256, 256, 25, 256), 2),
+    ):
+        costs = Matrices.gram_costs(*sizes)
+        assert costs.index(min(costs)) == cheapest
     for ranks in ((1, 1), (20, 20)):
         dense = (tucker := random_tucker(3, (30, 40), ranks)).dense().flatten(1)
         assert_same(tucker.gram(), dense @ dense.T)
