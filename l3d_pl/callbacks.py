@@ -4,6 +4,7 @@ import csv
 import os
 import random
 import signal
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -15,6 +16,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from l3d_pl.errors import L3DError
 from l3d_pl.parallel import Ranks
@@ -25,7 +27,13 @@ class Stopped(Exception):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints are written aside, flushed to the disk and renamed; they are read without unpickling code."""
+    """Checkpoints are written aside, flushed to the disk and renamed; they are read without unpickling code.
+
+    The one that is replaced stays beside the new one, as `last.ckpt.previous`; it is read where the new one is damaged.
+    """
+
+    def __init__(self) -> None:
+        self._damaged: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         target = Path(path)
@@ -41,16 +49,37 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise L3DError(
                 f"checkpoint: {target} cannot be written ({error.strerror}); the one before it is kept"
             ) from error
+        if target.is_file() and target not in self._damaged:
+            os.replace(target, previous_of(target))
         os.replace(aside, target)
+        self._damaged.discard(target)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        try:
+            return self._load(path, map_location)
+        except L3DError as error:
+            if not previous_of(path).is_file():
+                raise
+            self._damaged.add(Path(path))
+            rank_zero_warn(f"{error}; going on from the one before it, {previous_of(path)}")
+            return self._load(previous_of(path), map_location)
+
+    def _load(self, path: Any, map_location: Any) -> dict[str, Any]:
         if not Path(path).is_file():
             raise L3DError(f"checkpoint: there is no file {path}")
         try:
+            with zipfile.ZipFile(path) as archive:  # torch writes checksums, and reads past them
+                if broken := archive.testzip():
+                    raise ValueError(f"checksum of {broken}")
             return torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise L3DError(f"checkpoint: {path} is damaged or no checkpoint ({reason})") from error
+
+
+def previous_of(path: Any) -> Path:
+    """Where `AtomicCheckpointIO` keeps the checkpoint that the one at `path` has replaced."""
+    return Path(f"{path}.previous")
 
 
 def can_resume_here(trainer: L.Trainer) -> bool:
@@ -104,8 +133,9 @@ class Checkpoints(ModelCheckpoint):
         return self.best_model_path
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
-        path = os.path.join(trainer.default_root_dir, "checkpoints", "last.ckpt")
-        return {path} if os.path.isfile(path) else set()
+        last = Path(trainer.default_root_dir, "checkpoints", "last.ckpt")
+        there = [path for path in (last, previous_of(last)) if path.is_file()]  # killed in between, only the latter is
+        return {str(path) for path in there[:1]}
 
 
 class RandomState(Callback):

@@ -50,7 +50,7 @@ class Raise(L.Callback):
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
     """Whatever a test leaves behind, the next one finds Python's own handlers."""
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     yield
     for signum, handler in before.items():
         signal.signal(signum, handler)
@@ -148,7 +148,7 @@ def test_one_checkpoint_is_written_over_and_over(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "replace", watch)
     trainer = fit(tmp_path, 10)
     assert renamed == [(".last.ckpt.writing", "last.ckpt", step) for step in (4, 8, 10)]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last.ckpt"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last.ckpt", "last.ckpt.previous"]
     assert trainer.checkpoint_callback._find_last_checkpoints(trainer) == {str(tmp_path / "checkpoints/last.ckpt")}
     fit(tmp_path, 10, resume=True)  # already at its end: nothing to do, nothing lost
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 10

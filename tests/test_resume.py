@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -124,6 +125,29 @@ def test_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(L3DError, match=r"last\.ckpt is damaged or no checkpoint") as error:
         AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["a flipped byte", "half", "missing"])
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(tmp_path: Path, damage: str) -> None:
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    for number, stop_at in enumerate((4, 10)):
+        with pytest.raises(Stopped):
+            fit(tmp_path / "run", 20, resume=number > 0, stop_at=stop_at)
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 255
+    last.write_bytes(content if damage == "a flipped byte" else content[: len(content) // 2])
+    if damage == "missing":  # killed between two renames
+        last.unlink()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with pytest.raises(Stopped, match="after step 9:"):
+            fit(tmp_path / "run", 20, resume=True, stop_at=8)
+    named = [str(warning.message) for warning in told if "last.ckpt is damaged" in str(warning.message)]
+    assert len(named) == (damage != "missing")
+    assert all("going on from the one before it" in message for message in named)
+    torch.load(f"{last}.previous", weights_only=True)  # the damaged one has not taken the place of the good one
+    found, expected = state_of(fit(tmp_path / "run", 20, resume=True)), state_of(fit(tmp_path / "whole", 20))
+    assert [key for key, value in expected.items() if not torch.equal(value, found[key])] == []
 
 
 @pytest.mark.slow
