@@ -160,8 +160,8 @@ def fill_in(script: str, options: Sequence[str], values: Mapping[str, Any]) -> s
     last, _, body = body.partition("\n")
     lines = [head + marker + last, *(f"#SBATCH {option}" for option in options)]
     for name, value in values.items():
-        body, found = re.subn(rf"(?m)^{name}=\S+", lambda _, n=name, v=value: f"{n}={shlex.quote(str(v))}", body)  # type: ignore[misc]
-        assert found == 1, name
+        before, after = re.split(rf"(?m)^{name}=\S+", body, maxsplit=1)
+        body = f"{before}{name}={shlex.quote(str(value))}{after}"
     return "\n".join(lines) + "\n" + body
 
 
@@ -311,7 +311,7 @@ def collect(folder: Path) -> Path:
     Raises:
         L3DError: there is no run.
     """
-    places = sorted((path.parent for path in folder.glob("*/config.yaml")), key=_natural)
+    places = sorted({path.parent for path in folder.glob("*/config.yaml")} - {folder / "slurm"}, key=_natural)
     if not places:
         raise L3DError(f"slurm collect: {folder} holds no run (no */config.yaml); they are written when a fit starts")
     settings = [flat(yaml.safe_load((place / "config.yaml").read_text())) for place in places]

@@ -10,7 +10,7 @@ export CONFIG=${CONFIG:-tms}                                          # see swee
 export GRID=${GRID:-grid.txt}
 export RUN_DIR=${RUN_DIR:-runs/sweep}
 export L3D=${L3D:-l3d}
-export SETUP=${SETUP:-/dev/null}
+export SETUP=$(realpath "${SETUP:-/dev/null}")
 export SCRIPTS=${SCRIPTS:-slurm}
 AT_ONCE=${AT_ONCE:-4}                                                 # runs of the sweep side by side
 TARGET_CONFIG=${TARGET_CONFIG:-targets/tms}                           # of `l3d target`
@@ -22,10 +22,10 @@ lines=$(grep -c -v -e '^[[:space:]]*#' -e '^[[:space:]]*$' "$GRID")
 one=("$@" --parsable --nodes=1 --ntasks-per-node=1 --kill-on-invalid-dep=yes)
 
 target=$(sbatch "${one[@]}" --job-name=l3d-target --output="$RUN_DIR/target-%j.log" --wrap \
-	"source '$SETUP' && { [ -e '$TARGET' ] || srun '$L3D' target --config '$TARGET_CONFIG' --output '$TARGET'; }")
+	". '$SETUP' && { [ -e '$TARGET' ] || srun '$L3D' target --config '$TARGET_CONFIG' --output '$TARGET'; }")
 sweep=$(sbatch "$@" --parsable --kill-on-invalid-dep=yes --dependency="afterok:$target" \
 	--array="1-$lines%$AT_ONCE" --output="$RUN_DIR/%a-%A.log" "$SCRIPTS/sweep.sbatch")
 table=$(sbatch "${one[@]}" --dependency="afterok:$sweep" --job-name=l3d-collect --output="$RUN_DIR/collect-%j.log" \
-	--wrap "source '$SETUP' && '$L3D' slurm collect '$RUN_DIR'")
+	--wrap ". '$SETUP' && '$L3D' slurm collect '$RUN_DIR'")
 
 echo "target: job $target; sweep of $lines runs: job $sweep; table $RUN_DIR/sweep.csv: job $table"

@@ -10,19 +10,18 @@
 # In an array, SLURM_JOB_ID alone can stand for all tasks.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
-step=    # process id of srun
 stopped= # whether the signal has come
 
 say() { echo "== $(date '+%F %T') job $job: $*"; }
 
 # The trap stands before anything else runs: Python takes seconds until it listens to signals, and dies of one before.
-trap 'stopped=yes; say "the signal has come"; [ -z "$step" ] || kill -USR1 "$step"' USR1
+trap 'stopped=yes; say "the signal has come"' USR1
 
 saved() { [ "$RUN_DIR/checkpoints/last.ckpt" -nt "$starts" ]; }
 
 # fit ARGUMENTS...: `l3d fit` in RUN_DIR, from its last checkpoint where there is one. Does not return.
 fit() {
-	local code=0 second
+	local step code=0 second
 	starts=$RUN_DIR/slurm/starts # a line for each start since something was saved
 	if [ -e "$RUN_DIR/finished" ]; then say "$RUN_DIR has finished before"; exit 0; fi
 	mkdir -p "$RUN_DIR/slurm" || exit 1
@@ -40,7 +39,11 @@ fit() {
 		[ -n "$stopped" ] || wait "$step"
 		code=$?
 		if [ -n "$stopped" ]; then # it has ended `wait`, not srun
-			for ((second = 0; second < GRACE; second++)); do kill -0 "$step" 2> /dev/null || break; sleep 1; done
+			for ((second = 0; second < GRACE; second++)); do
+				# Now and again: an srun that is still starting its tasks passes nothing on.
+				kill -s "$( ((second % 10)) && echo 0 || echo USR1)" "$step" 2> /dev/null || break
+				sleep 1
+			done
 			! kill -KILL "$step" 2> /dev/null || say "nothing saved in $GRACE s" # or the time limit would be the end
 		fi
 	fi

@@ -1,0 +1,219 @@
+"""The shipped scripts on a real Slurm of two nodes: whatever interrupts a run, it ends as an uninterrupted one does."""
+
+import csv
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, missing, wait_for
+
+from l3d_pl import slurm
+from l3d_pl.cli import main
+from l3d_pl.lightning_cli import train_target
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(bool(missing()), reason=f"no Slurm: {missing()}"),
+]
+
+STEPS = 300
+FIT = ["--config", "tms", "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "3"]
+FIT += ["--data.steps_per_epoch", "100", "--model.init_samples", "200", "--model.swap_samples", "200"]
+FIT += ["--checkpoint.every_n_train_steps", "20"]
+TWO_NODES = [*FIT, "--trainer.strategy", "ddp"]
+SLOW = "--trainer.callbacks+=interruptions.Slow"
+SLOWER = "--trainer.callbacks.starts=9 --trainer.callbacks.seconds=0.2"
+SMALL = ["--cpus-per-task=1", "--mem-per-cpu=100"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes, and a working directory with a target in it."""
+    with pytest.MonkeyPatch.context() as patch, Cluster(tmp_path_factory.mktemp("slurm"), cpus=8) as found:
+        work = tmp_path_factory.mktemp("work")
+        patch.chdir(work)
+        patch.setenv("SLURM_CONF", found.environment["SLURM_CONF"])
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RETRIES", "9")  # on a busy machine a start may take as long as the time limit
+        patch.setattr(sys, "argv", ["l3d"])
+        found.environment = dict(os.environ)
+        shutil.copy(Path(__file__).with_name("interruptions.py"), work)
+        config = str(Path(__file__).parents[2] / "configs/targets/tms.yaml")
+        train_target(
+            ["--config", config, "--trainer.enable_progress_bar", "false"], "runs/targets/tms_seed42.safetensors"
+        )
+        yield found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def array(cluster: Cluster) -> tuple[Path, str]:
+    """Four equal runs and the array's id; submitted first, as most of their time is waiting.
+
+    1: nothing happens. 2: a signal during start-up. 3: its time limit, again and again. 4: hangs, and is killed by it.
+    """
+    sweep, hang = Path("runs/sweep"), "--trainer.callbacks+=interruptions.Hang --trainer.callbacks.step=30"
+    Path("grid.txt").write_text(
+        f"--model.k 0.1\n\n# slow ones\n--model.k 0.1\n--model.k 0.1 {SLOW} {SLOWER}\n"
+        f"--model.k 0.1 {hang} --trainer.callbacks.go=runs/sweep/go\n"
+    )
+    # One second before a limit of a minute is 29 to 59 s after the start: Slurm looks twice a minute.
+    options = ["--time=1", "--signal=B:USR1@1", "--exclude=node2", *SMALL]
+    job = slurm.submit(sweep, FIT, options, grid=Path("grid.txt"))
+    wait_for("task 2", lambda: "start 0" in log_of(sweep, f"{job}_2"), 60)
+    cluster("scancel", "--batch", "--signal=USR1", f"{job}_2")
+    return sweep, job
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Cluster) -> Path:
+    """A two-node fit that nothing interrupts."""
+    job = slurm.submit(Path("runs/whole"), TWO_NODES, ["--nodes=2", *SMALL])
+    wait_for("two-node fit", lambda: cluster.state(job) == "COMPLETED", 120)
+    return Path("runs/whole")
+
+
+def log_of(run: Path, job: str = "*") -> str:
+    return "".join(path.read_text() for path in sorted(run.glob(f"slurm/{job}.log")))
+
+
+def rows_of(table: Path) -> list[dict[str, str]]:
+    with open(table, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def require_equal(run: Path, expected: Path) -> None:
+    """Same weights, bit for bit, and one log with every step once."""
+    found, wanted = ((path / "decomposition/model.safetensors").read_bytes() for path in (run, expected))
+    assert found == wanted
+    steps = [row["step"] for row in rows_of(run / "metrics.csv") if row["train/loss"]]
+    assert steps == [str(step) for step in range(19, STEPS, 20)]
+    assert not list(run.glob("**/version_*"))
+
+
+def ranks_of(cluster: Cluster, node: str) -> list[int]:
+    """Process ids of the ranks on a node, as this machine counts them."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (process / "environ").read_bytes().split(b"\0")
+            command = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        here = {f"SLURM_CONF={cluster.folder}/slurm.conf".encode(), f"SLURMD_NODENAME={node}".encode()}
+        if here <= set(environment) and b"/l3d\0fit" in command and not command.startswith(b"srun"):
+            found.append(int(process.name))
+    return found
+
+
+def test_two_node_fit(whole: Path) -> None:
+    require_equal(whole, whole)
+    assert "MEMBER: 2/2" in log_of(whole)
+    assert {path.name for path in (whole / "slurm").iterdir()} >= {"train.sbatch", "run.sh", "config.yaml", "code.json"}
+
+
+def test_whatever_interrupts_a_two_node_run_it_ends_the_same(
+    cluster: Cluster, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path("runs/interrupted")
+    job = slurm.submit(run, [*TWO_NODES, SLOW, "--trainer.callbacks.starts=9"], ["--nodes=2", *SMALL])
+
+    def wait_for_new_checkpoint() -> None:
+        last = run / "checkpoints/last.ckpt"
+        before = last.stat().st_mtime_ns if last.is_file() else 0
+        wait_for("a new checkpoint", lambda: last.is_file() and last.stat().st_mtime_ns > before, 90)
+
+    wait_for_new_checkpoint()
+    cluster.power_cut("node2")
+    wait_for("the node's failure", lambda: cluster.state(job) != "RUNNING", 90)
+    cluster.node_up("node2")
+    wait_for("the second start", lambda: "start 1 on" in log_of(run), 60)
+
+    wait_for_new_checkpoint()
+    os.kill(*ranks_of(cluster, "node2"), signal.SIGUSR1)
+    wait_for("the third start", lambda: "start 2 on" in log_of(run), 60)
+    assert "a signal to another rank after step" in log_of(run)
+
+    wait_for_new_checkpoint()
+    os.kill(*ranks_of(cluster, "node2"), signal.SIGKILL)
+    wait_for("the fourth start", lambda: "start 3 on" in log_of(run), 60)
+
+    wait_for_new_checkpoint()
+    assert main(["slurm", "submit", str(run), "--", *TWO_NODES]) == 2
+    assert "holds a run that is RUNNING" in capsys.readouterr().err
+    cluster("scancel", job)
+    wait_for("the cancellation", lambda: cluster.state(job) == "CANCELLED", 30)
+    assert ranks_of(cluster, "node1") == ranks_of(cluster, "node2") == []
+    assert "requeued" not in log_of(run).splitlines()[-1]
+
+    assert main(["slurm", "status", str(run)]) == 0
+    assert "1 unfinished and not in the queue" in capsys.readouterr().out
+    assert main(["slurm", "resume", str(run)]) == 0
+    again = (run / "slurm/jobs").read_text().split()[-1]
+    assert capsys.readouterr().out == f"submitted again as {again}\n"
+    wait_for("the end", lambda: cluster.state(again) == "COMPLETED", 120)
+    require_equal(run, whole)
+
+
+def test_array_with_tasks_stopped_by_signal_and_by_their_time_limit(cluster: Cluster, array: tuple[Path, str]) -> None:
+    sweep, job = array
+    for task in ("1", "2", "3"):
+        wait_for(f"task {task}", lambda t=task: cluster.state(f"{job}_{t}") == "COMPLETED", 240)
+    for task in ("2", "3"):
+        assert "the signal has come" in log_of(sweep, f"{job}_{task}")
+        assert "start 1 on" in log_of(sweep, f"{job}_{task}")
+        require_equal(sweep / task, sweep / "1")
+
+    wait_for("task 4", lambda: cluster.state(f"{job}_4") == "TIMEOUT", 120)
+    (sweep / "go").touch()
+    (again,) = slurm.resume(sweep)
+    wait_for("task 4 again", lambda: cluster.state(f"{again}_4") == "COMPLETED", 90)
+    require_equal(sweep / "4", sweep / "1")
+    assert slurm.resume(sweep) == []
+
+    rows = rows_of(slurm.collect(sweep))
+    assert [(row["run"], row["finished"], row["steps"]) for row in rows] == [
+        (str(i), "True", "300") for i in (1, 2, 3, 4)
+    ]
+    assert len({row["val/loss"] for row in rows}) == 1
+    assert (sweep / "sweep.png").stat().st_size > 0
+
+
+def test_pipeline_target_then_sweep_then_table(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "grid.txt").write_text("--model.k 0.1\n--model.k 0.2\n")
+    scripts = Path(__file__).parents[2] / "slurm"
+    pipeline = ["bash", str(scripts / "pipeline.sh"), "--cpus-per-task=1", "--mem-per-cpu=100"]
+    target = tmp_path / "target.safetensors"
+    settings = {"RUN_DIR": str(tmp_path / "sweep"), "GRID": str(tmp_path / "grid.txt"), "SCRIPTS": str(scripts)}
+    settings |= {"CONFIG": "mine.yaml", "TARGET": str(target), "L3D": slurm.l3d_command()}
+    short = [
+        "--trainer.max_steps",
+        "20",
+        "--model.target_weights",
+        str(target),
+        "--trainer.enable_progress_bar",
+        "false",
+    ]
+    Path("mine.yaml").write_text(slurm.resolved_config(["--config", "tms", *short]))
+
+    def submit(**more: str) -> list[str]:
+        environment = {**cluster.environment, **settings, **more}
+        done = subprocess.run(pipeline, env=environment, capture_output=True, text=True, check=True, timeout=60)
+        return re.findall(r"job (\d+)", done.stdout)
+
+    jobs, broken = submit(), submit(TARGET=str(tmp_path / "other"), TARGET_CONFIG="targets/tns")
+    wait_for("the failed target", lambda: cluster.state(broken[0]) == "FAILED", 60)
+    for job in (f"{broken[1]}_1", broken[2]):
+        wait_for("those that depend on it", lambda j=job: cluster.state(j) in ("CANCELLED", ""), 30)
+    wait_for("the table", lambda: cluster.state(jobs[2]) == "COMPLETED", 180)
+    rows = rows_of(tmp_path / "sweep/sweep.csv")
+    assert [(row["run"], row["model.k"], row["finished"]) for row in rows] == [
+        ("1", "0.1", "True"),
+        ("2", "0.2", "True"),
+    ]
