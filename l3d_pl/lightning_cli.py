@@ -190,6 +190,11 @@ class L3DCLI(LightningCLI):
             require_writable("trainer.default_root_dir", Path(config.trainer.default_root_dir))
         missing, recipe = missing_target(config.model), config.model.target_config
         if missing and recipe:
+            if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+                raise L3DError(
+                    f"target: there is no {missing}, and a job of several tasks trains none; "
+                    f"make it first: l3d target --config {recipe} --output {missing}"
+                )
             from l3d_pl.cli import find_config, print_target
 
             print(f"target {missing} is not there: training it with {recipe}", flush=True)
@@ -201,9 +206,8 @@ class L3DCLI(LightningCLI):
         if config["logger"] in (None, True):  # (validate and test print their figures, and leave the run's file alone)
             kwargs["logger"] = RunLogger(config["default_root_dir"]) if self.subcommand == "fit" else False
         plugins = config["plugins"] or []
-        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-        if SLURMEnvironment.detect():  # Lightning would save inside its signal handler; the batch script requeues
-            kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        kwargs["plugins"] = [*plugins, AtomicCheckpointIO(), *slurm_plugins()]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, MisconfigurationException) as error:
@@ -241,6 +245,11 @@ class L3DCLI(LightningCLI):
             return
         kwargs = self._prepare_subcommand_kwargs(subcommand)
         self.fit(**kwargs)
+
+
+def slurm_plugins() -> list[SLURMEnvironment]:
+    """In a job of Slurm: nothing is saved or requeued inside Lightning's signal handler; the batch script requeues."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 class ParamsCLI(L3DCLI):
@@ -310,6 +319,9 @@ class TargetCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         set_threads(self.config.threads)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        return super().instantiate_trainer(**kwargs, plugins=slurm_plugins())
 
 
 def train_target(args: Sequence[str], output: str | None = None) -> dict[str, Any]:

@@ -10,7 +10,8 @@ export CONFIG=${CONFIG:-tms}                                          # see swee
 export GRID=${GRID:-grid.txt}
 export RUN_DIR=${RUN_DIR:-runs/sweep}
 export L3D=${L3D:-l3d}
-export SETUP=$(realpath "${SETUP:-/dev/null}")
+SETUP=$(realpath "${SETUP:-/dev/null}")
+export SETUP
 export SCRIPTS=${SCRIPTS:-slurm}
 AT_ONCE=${AT_ONCE:-4}                                                 # runs of the sweep side by side
 TARGET_CONFIG=${TARGET_CONFIG:-targets/tms}                           # of `l3d target`

@@ -120,6 +120,14 @@ def test_resume_submits_what_neither_finished_nor_waits(monkeypatch: pytest.Monk
     assert Path("sweep/slurm/jobs").read_text() == "11\n12\n13\n"
 
 
+def test_several_tasks_do_not_all_train_the_same_target(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert main(["fit", "--config", "tms", "--model.target_weights", "none.safetensors"]) == 2
+    assert "make it first: l3d target --config targets/tms.yaml --output none.safetensors" in capsys.readouterr().err
+
+
 def test_collect_tabulates_what_differs() -> None:
     for run, (k, loss) in {"2": (0.1, 0.5), "10": (0.2, 0.25)}.items():
         folder = Path("sweep", run)
