@@ -318,6 +318,8 @@ def grow(setting: Setting, folder: Path, steps: int) -> None:
             rows.append({"quantity": name, "value": value, "seconds": times[-1], "peak_gib": peaks[-1]})
         for row, (series, label) in enumerate(((times, f"{clock} s per step"), (peaks, "peak GiB"))):
             axes[row, column].loglog(done, series, "o-")
+            axes[row, column].minorticks_off()
+            axes[row, column].set_xticks(done, [str(value) for value in done])
             axes[row, column].set(xlabel=name if row else None, ylabel=None if column else label)
             axes[row, column].grid(alpha=0.3, which="both")
     figure.tight_layout()

@@ -164,8 +164,9 @@ def _through_samples(v: Matrices, codes: Tensor, scale: float, d: Matrices, chun
 def _dense_rows(v: Matrices, d: Matrices, step: int) -> Iterator[tuple[slice, Tensor]]:
     """Rows of all tensors, dense, `step` at a time: (which, [n, step * columns]). Clears what `d` will sum up."""
     d.right.zero_()
-    for i in range(0, v.left.shape[1], max(1, step)):
-        part = slice(i, i + max(1, step))
+    step = max(8, step)  # with fewer rows the products would be too thin to be fast
+    for i in range(0, v.left.shape[1], step):
+        part = slice(i, i + step)
         yield part, torch.bmm(v.left[:, part], v.right).flatten(1)
 
 
