@@ -132,6 +132,7 @@ def test_whatever_interrupts_a_two_node_run_it_ends_the_same(
     wait_for_new_checkpoint()
     cluster.power_cut("node2")
     wait_for("the node's failure", lambda: cluster.state(job) != "RUNNING", 90)
+    # (Later, Slurm may end another start: it repeats what it could not tell node2 while that was down.)
     cluster.node_up("node2")
     wait_for("the second start", lambda: "start 1 on" in log_of(run), 60)
 
