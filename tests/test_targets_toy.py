@@ -209,7 +209,7 @@ def test_starts_trained_together_are_the_starts_trained_alone() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"loss": "mes"}, "loss: found 'mes', allowed are mse, cross_entropy; did you mean 'mse'"),
+        ({"loss": "mes"}, "loss: found 'mes', allowed are mse, cross_entropy, next_token; did you mean 'mse'"),
         ({"schedule": "cosine"}, "schedule: found 'cosine', allowed are one_cycle, constant"),
         ({"restarts": 0}, "restarts: found 0, allowed are whole numbers >= 1"),
         ({"lr": 0.0}, "lr: found 0.0, allowed are numbers > 0"),
