@@ -357,6 +357,10 @@ def _plot(rows: Sequence[Mapping[str, Any]], varied: Sequence[str], path: Path) 
     figure = Figure(figsize=(4 * len(varied), 3), layout="constrained")
     for place, name in enumerate(varied, 1):
         axes = figure.add_subplot(1, len(varied), place, xlabel=name, ylabel="held-out loss" if place == 1 else "")
-        is_number = all(isinstance(row[name], (int, float)) for row in done)
-        axes.plot([row[name] if is_number else str(row[name]) for row in done], [row["val/loss"] for row in done], "o")
+        values: list[Any] = [row[name] for row in done]
+        if not all(isinstance(value, (int, float)) for value in values):
+            kinds = list(dict.fromkeys(map(str, values)))
+            axes.set_xticks(range(len(kinds)), [kind[:16] for kind in kinds])
+            values = [kinds.index(str(value)) for value in values]
+        axes.plot(values, [row["val/loss"] for row in done], "o")
     figure.savefig(path, dpi=120)
