@@ -23,7 +23,7 @@ from l3d_pl.gradients.forward import inputs_of, tensors_of
 from l3d_pl.initialisation import start_from_gradients
 from l3d_pl.metrics import Activity, Reconstruction
 from l3d_pl.parallel import ALONE, Ranks
-from l3d_pl.repair import Anchor, candidates, replace, state_of, swap
+from l3d_pl.repair import Anchor, candidates, replace, scale_readers, state_of, swap
 from l3d_pl.step import Step, decompose
 from l3d_pl.subnetworks import Prepared, Subnetworks
 from l3d_pl.targets.frozen import fingerprint, freeze, select_parameters
@@ -70,6 +70,8 @@ class L3D(L.LightningModule):
         memory_budget: GiB that the intermediate results of a step may take together; larger ones are made in pieces.
         recipe: `l3d_pl` or `paper`; sets `init`, `k_start`, `lr_schedule`, `swap_every` where they are not given.
         init: `gradients` (K-lines over `init_samples` sample gradients) or `random`.
+        scale_start: scale V_in after the start from gradients by the number that reconstructs best: for many
+            subnetworks, whose start overshoots.
         k_start: k grows geometrically from this share of k over the first half of training; 1: k throughout.
         lr_schedule: `cosine` (2 % warm-up), `step` (x `lr_gamma` every `lr_step_epochs`), `constant`.
         swap_every: loss-tested swaps every so many steps from 30 % to 75 % of training; 0: none.
@@ -113,6 +115,7 @@ class L3D(L.LightningModule):
         memory_budget: float = 1.0,
         recipe: str = "l3d_pl",
         init: str | None = None,
+        scale_start: bool = False,
         k_start: float | None = None,
         lr_schedule: str | None = None,
         swap_every: int | None = None,
@@ -146,7 +149,7 @@ class L3D(L.LightningModule):
         require_choice("reference", reference, REFERENCES)
         require_choice("bad_samples", bad_samples, ("error", "skip"))
         self.k, self.k_start = check_k(k), check_k(self.k_start, "k_start")
-        self.recipe, self.bad_samples = recipe, bad_samples
+        self.recipe, self.bad_samples, self.scale_start = recipe, bad_samples, scale_start
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.lr_gamma, self.lr_step_epochs, self.dense_epochs = lr_gamma, lr_step_epochs, dense_epochs
         self.init_samples, self.swap_samples, self.dead_after = init_samples, swap_samples, dead_after
@@ -292,6 +295,8 @@ class L3D(L.LightningModule):
             for restart, anchor in enumerate(self._anchors):
                 random = self._generator("k-lines", restart)
                 start_from_gradients(self.subnetworks, restart, anchor.prepared, random, gram=anchor.gram)
+                if self.scale_start:
+                    scale_readers(self.subnetworks, restart, anchor.prepared, self.current_k())
             self._ranks.broadcast_(*self.subnetworks.parameters())
         self._progress.clock = (self._progress.step, time.perf_counter())
 

@@ -78,6 +78,21 @@ def loss_of(subnetworks: Subnetworks, restart: int, prepared: Prepared, k: float
 
 
 @torch.no_grad()
+def scale_readers(subnetworks: Subnetworks, restart: int, prepared: Prepared, k: float) -> float:
+    """Scale V_in by the one number with which its codes reconstruct best; returns it.
+
+    After a start with V_in = V_out, neighbouring directions that answer to the same sample overshoot together: the
+    loss can begin far above 1, and what is pushed away then is often dead for good.
+    """
+    state = state_of(subnetworks, restart, prepared, k)
+    quadratic = float((state.codes * (state.codes @ state.gram)).sum())
+    scale = float((state.codes * state.p).sum()) / quadratic if quadratic > 0 else 1.0
+    for module in subnetworks.v_in.children():
+        module.core[subnetworks.restart(restart)] *= scale  # type: ignore[index,operator]
+    return scale
+
+
+@torch.no_grad()
 def candidates(
     subnetworks: Subnetworks,
     restart: int,

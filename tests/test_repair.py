@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import LAYOUTS, assert_same, decomposition_problem
 from test_initialisation import SHAPES, planted, representation  # noqa: F401  (a fixture)
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from l3d_pl.repair import (
     quadratic_error,
     readers,
     replace,
+    scale_readers,
     state_of,
     swap,
 )
@@ -203,3 +205,23 @@ def test_a_swap_that_the_judge_refuses_is_taken_back(representation: str) -> Non
     assert all(torch.equal(p, old) for p, old in zip(subnetworks.parameters(), weights, strict=True))
     anchor = Anchor(anchor.prepared, anchor.gram, anchor.prepared)
     assert swap(subnetworks, 0, anchor, 0.25, torch.Generator().manual_seed(0)) is not None
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@torch.no_grad()
+def test_scaled_readers_reconstruct_best(layout: str) -> None:
+    subnetworks, gradients = decomposition_problem(layout, restarts=2)
+    prepared = subnetworks.prepare(gradients)
+    before = [parameter.clone() for parameter in subnetworks.parameters()]
+    scale = scale_readers(subnetworks, 1, prepared, 0.4)
+    best = loss_of(subnetworks, 1, prepared, 0.4)
+    for factor in (0.97, 1.03):
+        for module in subnetworks.v_in.children():
+            module.core[subnetworks.restart(1)] *= factor
+        assert loss_of(subnetworks, 1, prepared, 0.4) > best
+        for module in subnetworks.v_in.children():
+            module.core[subnetworks.restart(1)] /= factor
+    assert scale != 1
+    others = slice(0, subnetworks.n_subnetworks)  # restart 0 is left alone, and V_out
+    for old, new in zip(before, subnetworks.parameters(), strict=True):
+        assert_same(new[others], old[others])
