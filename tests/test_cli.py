@@ -494,6 +494,7 @@ def test_every_value_can_be_set_from_the_command_line(monkeypatch: pytest.Monkey
         "model.memory_budget": 0.5,
         "model.recipe": "paper",
         "model.init": "random",
+        "model.scale_start": True,
         "model.k_start": 0.75,
         "model.lr_schedule": "constant",
         "model.swap_every": 3,
