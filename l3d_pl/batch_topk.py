@@ -41,7 +41,7 @@ def batch_topk(coefficients: Tensor, k: float, ranks: Ranks = ALONE) -> tuple[Te
         count = n_selected(k, samples * n_subnetworks)
         threshold = scores.topk(count, dim=1, sorted=True).values[:, -1]
     else:
-        count = n_selected(k, int(ranks.sum(torch.tensor(scores.shape[1], device=scores.device))))
+        count = n_selected(k, ranks.count(scores.shape[1], scores.device))
         threshold = global_threshold(scores, count, ranks)
     mask = scores >= threshold.unsqueeze(1)
     # On a GPU, and with others, always: no round trip to look at the number.

@@ -264,7 +264,7 @@ class L3D(L.LightningModule):
     @torch.no_grad()
     def _count(self, step: Step) -> None:
         active = self._ranks.sum(step.mask.sum(0))
-        samples = int(self._ranks.sum(torch.tensor(step.mask.shape[0], device=active.device)))
+        samples = self._ranks.count(step.mask.shape[0], active.device)
         self.active_samples.add_(active)
         self._progress.samples += samples
         self.silent_samples.add_(samples).mul_(active == 0)
@@ -451,8 +451,7 @@ class L3D(L.LightningModule):
         best = int(loss.argmin())
         sums, counts = zip(*self._held_out_outputs, strict=True)
         total = self._ranks.sum(torch.stack(sums).sum(0))
-        count = self._ranks.sum(torch.tensor(sum(counts), device=total.device))
-        self.mean_reference = self.extractor.divergence.from_mean(total / count)
+        self.mean_reference = self.extractor.divergence.from_mean(total / self._ranks.count(sum(counts), total.device))
         self._held_out_outputs.clear()
         self.held_out_loss.copy_(loss)
         self.p_act.copy_(activity["p_act"])

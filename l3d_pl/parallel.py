@@ -36,6 +36,10 @@ class Ranks:
         dist.all_reduce(total, group=self.group)
         return total
 
+    def count(self, number: int, device: torch.device) -> int:
+        """The sum of a whole number over all ranks (sent from `device`, where the group's tensors have to be)."""
+        return number if self.size == 1 else int(self.sum(torch.tensor(number, device=device)))
+
     def before(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks before this one."""
         if self.size == 1:

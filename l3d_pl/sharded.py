@@ -15,7 +15,7 @@ and A to N - 1 others, and its codes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,6 +55,8 @@ def share_gradients(gradients: Mapping[str, SampleGradient], group: Ranks) -> di
 
 def all_gather(tensor: Tensor, group: Ranks) -> list[Tensor]:
     """Every rank's tensor; their sizes may differ, not their number of dimensions."""
+    if group.size == 1:
+        return [tensor]
     own = torch.tensor(tensor.shape, device=tensor.device)
     shapes = [torch.empty_like(own) for _ in range(group.size)]
     dist.all_gather(shapes, own, group=group.group)
@@ -95,8 +97,11 @@ def payload(side: Side) -> list[Tensor]:
     return parts + [part for matrices in side.matrices for part in matrices]
 
 
-def ring(parts: list[Tensor], n_subnetworks: int, group: Ranks) -> Any:
+def ring(parts: list[Tensor], n_subnetworks: int, group: Ranks) -> Iterator[tuple[int, list[Tensor]]]:
     """Shard after shard of V_out as it passes: (its owner, its `payload`), the own one first."""
+    if group.size == 1:
+        yield 0, parts
+        return
     shapes, buffer = [part.shape[1:] for part in parts], torch.cat([part.flatten() for part in parts])
     per_subnetwork = [shape.numel() for shape in shapes]
     owner = group.rank
@@ -143,15 +148,13 @@ class _ShardedStep(torch.autograd.Function):
             c = _contract(side_in)
             mask, threshold = batch_topk(c.unsqueeze(1), k, ranks)
             codes = c * mask.squeeze(1)
-            all_codes = all_gather(codes, group) if group.size > 1 else [codes]
+            all_codes = all_gather(codes, group)
             p = _contract(side_out)
 
             pushed = torch.zeros_like(codes)  # codes M, the own columns
             d_block = None if side_out.block is None else torch.zeros_like(side_out.block)
             d_matrices = [Matrices(*(torch.zeros_like(part) for part in matrices)) for matrices in side_out.matrices]
-            for owner, parts in (
-                ring(payload(side_out), n_subnetworks, group) if group.size > 1 else [(0, payload(side_out))]
-            ):
+            for owner, parts in ring(payload(side_out), n_subnetworks, group):
                 weights = (codes.mT @ all_codes[owner]) * scale
                 gram = torch.zeros_like(weights)  # <own, theirs>
                 if side_out.block is not None and d_block is not None:

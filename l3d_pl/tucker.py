@@ -196,7 +196,7 @@ def add_products(v: Matrices, w: Matrices, weights: Tensor, gram: Tensor, d: Mat
 def add_products_through_rows(v: Matrices, w: Matrices, weights: Tensor, gram: Tensor, d: Matrices, chunk: int) -> None:
     """`add_products` with w dense, some rows of every tensor at a time."""
     (n, rows, _), m, columns = v.left.shape, w.left.shape[0], v.right.shape[2]
-    step = max(1, chunk // (max(n, m) * columns))
+    step = max(8, chunk // (max(n, m) * columns))
     for i in range(0, rows, step):
         left = v.left[:, i : i + step]
         dense, other = torch.bmm(left, v.right).flatten(1), torch.bmm(w.left[:, i : i + step], w.right).flatten(1)

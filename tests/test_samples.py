@@ -23,13 +23,15 @@ class Residual(nn.Module):
         self.head = nn.Linear(WIDTH, CLASSES)
 
     @staticmethod
-    def mix(x: Tensor) -> Tensor:
-        return x.cumsum(1) / torch.arange(1, x.shape[1] + 1, dtype=x.dtype).view(1, -1, 1)
+    def mix(x: Tensor, mask: Tensor | None) -> Tensor:
+        """The mean over earlier positions that count; padding sees nothing and is not seen."""
+        counts = torch.ones_like(x[..., :1]) if mask is None else mask.unsqueeze(-1).to(x)
+        return (x * counts).cumsum(1) / counts.cumsum(1).clamp_min(1) * counts
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         x = self.embed(input_ids)
-        x = x + self.mix(self.first(x).tanh())
-        x = x + self.mix(self.second(x).tanh())
+        x = x + self.mix(self.first(x).tanh(), attention_mask)
+        x = x + self.mix(self.second(x).tanh(), attention_mask)
         x = x + self.after(x).tanh()
         return self.head(x)
 
@@ -71,6 +73,20 @@ def test_the_cut_is_the_stream_after_the_last_mixing() -> None:
     extractor(batch, random(1))
     assert len(backwards) == 1  # the layers above the cut are crossed once, not once per position
     assert extractor._passes.cut > 0
+
+
+@pytest.mark.parametrize("first", ["one position", "one that counts", "padding in the middle"])
+def test_a_first_batch_that_hides_where_positions_meet(first: str) -> None:
+    extractor, batch = problem("token")
+    batch["attention_mask"] = torch.ones(4, 7, dtype=torch.long)
+    if first == "one position":
+        extractor({name: value[:, :1] for name, value in batch.items()}, random())
+    else:
+        counting = torch.arange(7) < (1 if first == "one that counts" else 3)
+        extractor(batch | {"attention_mask": counting.long().expand(4, 7)}, random())
+    extraction = extractor(batch, random())
+    for index in range(extraction.n_samples):
+        extractor.check(batch, extraction, index, 1e-9)
 
 
 def test_parameters_above_the_cut_have_one_position_each() -> None:

@@ -77,8 +77,8 @@ class Samples:
             gradient = gradient.new_zeros(b * t, *gradient.shape[1:]).index_copy_(0, self.index, gradient)
         full = torch.zeros_like(outputs, dtype=gradient.dtype)
         rows = torch.arange(b, device=full.device).unsqueeze(1)
-        # (Added: positions that do not count may repeat one that does.)
-        return full.index_put_((rows, self.positions), gradient.unflatten(0, (b, t)), accumulate=True)
+        full[rows, self.positions] = gradient.unflatten(0, (b, t))
+        return full
 
 
 def choose_samples(
@@ -137,13 +137,14 @@ class TokenPasses:
 
     The first batch tells where positions meet: an operation is *local* if the gradient at its result, at position s,
     comes from the output at s alone. The cut is the first local result that all gradients on their way to the others
-    pass through. Both are the same for all batches, since a model computes the same for each.
+    pass through. Both are the same for all batches, since a model computes the same for each; a batch whose samples
+    span more positions than that one's is asked again, as short texts may meet nothing.
     """
 
     def __init__(self) -> None:
         self.cut = -1  # place of the cut in the stream, from its start; -1: the output itself
         self.local: frozenset[int] = frozenset()  # watched operations above the cut
-        self._length = -1  # of the stream when it was searched
+        self._searched = (-1, 0)  # of the batch that told: length of its stream, span of its positions
 
     def gradients(
         self, capture: Capture, output: Tensor, cotangent: Tensor, samples: Samples
@@ -156,10 +157,13 @@ class TokenPasses:
         assert samples.positions is not None
         if not output.requires_grad or not capture.edges:
             return {}
-        if self._length != len(capture.stream):
-            self._search(capture, output, cotangent)
-        positions, edges = samples.positions, capture.edges
-        b, t = positions.shape
+        positions, edges, uses = samples.positions, capture.edges, capture.usable()
+        (b, t), s = positions.shape, output.shape[1]
+        counted = positions.flatten() if samples.index is None else positions.flatten()[samples.index]
+        span = int(counted.max() - counted.min())
+        if self._searched[0] != len(capture.stream) or span > self._searched[1]:  # (one position meets no other)
+            self._searched = len(capture.stream), span
+            self._search(capture, output, cotangent, int(counted.median()))
         rows = torch.arange(b, device=output.device)
         local = sorted(self.local)
         meeting = [i for i in range(len(edges)) if i not in self.local]
@@ -169,25 +173,24 @@ class TokenPasses:
         at_cut = cotangent if self.cut < 0 else at_top[-1]
         at_local = dict(zip(local, at_top, strict=False))
         done: dict[Use, OuterGradient] = {}
-        for use in capture.usable():
+        for use in uses:
             d = at_local.get(use.edge)
-            if d is not None and (gradient := _of_tokens(use, wide(d), positions, output.shape[1])) is not None:
+            if d is not None and (gradient := _of_tokens(use, wide(d), positions, s)) is not None:
                 done[use] = gradient
+        rest = {use.edge for use in uses if use.edge in at_local and use not in done}
 
         def alone(d: Tensor | None, token: int) -> Tensor | None:
             """A gradient [B, S, ...] or [B * S, ...] at this token's position of each sequence, 0 elsewhere."""
             if d is None:
                 return None
             kept, own = torch.zeros_like(d), positions[:, token]
-            a, z = d.reshape(b, output.shape[1], -1), kept.view(b, output.shape[1], -1)
-            z[rows, own] = a[rows, own]
+            kept.view(b, s, -1)[rows, own] = d.reshape(b, s, -1)[rows, own]
             return kept
 
         passes: list[dict[str, SampleGradient]] = []
-        open_local = [i for i in local if any(use.edge == i and use not in done for use in capture.usable())]
-        for token in range(t if meeting or open_local else 0):
+        for token in range(t if meeting or rest else 0):
             at_edges: list[Tensor | None] = [None] * len(edges)
-            for i in open_local:
+            for i in rest:
                 at_edges[i] = alone(at_local[i], token)
             if meeting and at_cut is not None:
                 found = torch.autograd.grad(
@@ -203,15 +206,17 @@ class TokenPasses:
             gradients = {name: gradient.select(samples.index) for name, gradient in gradients.items()}
         return gradients
 
-    def _search(self, capture: Capture, output: Tensor, cotangent: Tensor) -> None:
-        """Find the cut and the local operations: by differentiating one position alone."""
-        self._length, self.cut, self.local = len(capture.stream), -1, frozenset()
-        s, edges, stream = output.shape[1], capture.edges, capture.stream
+    def _search(self, capture: Capture, output: Tensor, cotangent: Tensor, position: int) -> None:
+        """Find the cut and the local operations by differentiating one `position` alone.
+
+        It should have others that count on both sides: one that is padding may look at no other.
+        """
+        self.cut, s, edges, stream = -1, output.shape[1], capture.edges, capture.stream
         probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(cotangent)
         alone = torch.zeros_like(probe)
-        alone[:, s // 2] = probe[:, s // 2]
+        alone[:, position] = probe[:, position]
         found = torch.autograd.grad(output, [*edges, *stream], alone, retain_graph=True, allow_unused=True)
-        is_local = [d is not None and _is_at(d, output.shape[0], s, s // 2) for d in found]
+        is_local = [d is not None and _is_at(d, output.shape[0], s, position) for d in found]
         self.local = frozenset(i for i in range(len(edges)) if is_local[i])
         others = {edge.node for i, edge in enumerate(edges) if i not in self.local}
         for place in (i for i in range(len(stream)) if is_local[len(edges) + i]):
