@@ -76,20 +76,43 @@ def start_from_gradients(
         gram: `prepared.gram()`, where it is known already.
     """
     weights = k_lines(prepared.gram() if gram is None else gram, subnetworks.n_subnetworks, generator)
-    index = subnetworks.restart(restart)
+    index, own = subnetworks.restart(restart), subnetworks.own
     values = sum(math.prod(shape) for shape in subnetworks.shapes.values())
     step = max(1, 4 * subnetworks.chunk // values)  # so many dense directions at a time
-    for first in range(0, len(weights), step):
-        some = low_rank_unit(prepared.combine(weights[first : first + step], subnetworks.shapes), subnetworks)
-        some = {name: Tucker(*_with_noise(tucker, noise, generator)) for name, tucker in some.items()}
-        subnetworks.v_out.copy_(some, slice(index.start + first, min(index.start + first + step, index.stop)))
+    for first in range(index.start, index.stop, step):
+        last = min(first + step, index.stop)
+        mine = slice(max(first, own.start), min(last, own.stop))
+        some = None
+        if mine.start < mine.stop:
+            dense = prepared.combine(weights[first - index.start : last - index.start], subnetworks.shapes)
+            some = low_rank_unit(dense, subnetworks)
+        shaken = _with_noise(some, subnetworks, last - first, noise, generator)
+        if some is not None:
+            part = slice(mine.start - first, mine.stop - first)
+            place = slice(mine.start - own.start, mine.stop - own.start)
+            subnetworks.v_out.copy_({name: tucker.select(part) for name, tucker in shaken.items()}, place)
     subnetworks.normalise_()
+    index = subnetworks.local_restart(restart)
     subnetworks.v_in.copy_({name: tucker.select(index) for name, tucker in subnetworks.v_out.tuckers().items()}, index)
 
 
-def _with_noise(tucker: Tucker, noise: float, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
-    def shake(tensor: Tensor) -> Tensor:
-        draw = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).to(tensor.device)
-        return tensor + noise * tensor.square().mean().sqrt() * draw
+def _with_noise(
+    tuckers: Mapping[str, Tucker] | None, subnetworks: Subnetworks, n: int, noise: float, generator: torch.Generator
+) -> dict[str, Tucker]:
+    """Every core and factor of n Tucker tensors with noise on it; of none, where another rank's turn it is to have it.
 
-    return shake(tucker.core), tuple(shake(factor) for factor in tucker.factors)
+    The noise is drawn all the same: the next one's is then that of a single process.
+    """
+    shaken = {}
+    for name, shape in subnetworks.shapes.items():
+        ranks = subnetworks.ranks[name]
+        sizes = [(n, *ranks), *((n, size, rank) for size, rank in zip(shape, ranks, strict=True))]
+        draws = [torch.randn(size, generator=generator, dtype=subnetworks.dtype) for size in sizes]
+        if tuckers is not None:
+            old = (tuckers[name].core, *tuckers[name].factors)
+            core, *factors = (
+                tensor + noise * tensor.square().mean().sqrt() * draw.to(tensor.device)
+                for tensor, draw in zip(old, draws, strict=True)
+            )
+            shaken[name] = Tucker(core, tuple(factors))
+    return shaken

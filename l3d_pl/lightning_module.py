@@ -6,7 +6,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -24,12 +26,24 @@ from l3d_pl.initialisation import start_from_gradients
 from l3d_pl.metrics import Activity, Reconstruction
 from l3d_pl.parallel import ALONE, Ranks
 from l3d_pl.repair import Anchor, candidates, replace, scale_readers, state_of, swap
+from l3d_pl.sharded import (
+    auxiliary_loss_sharded,
+    decompose_sharded,
+    errors_sharded,
+    reconstruct_sharded,
+    share_gradients,
+)
 from l3d_pl.step import Step, decompose
 from l3d_pl.subnetworks import Prepared, Subnetworks
+from l3d_pl.subnetworks import Reconstruction as Residual
 from l3d_pl.targets.frozen import fingerprint, freeze, select_parameters
 from l3d_pl.targets.training import load_target
+from l3d_pl.tucker import local
 
 TuckerRanks = int | float | list[int | float] | dict[str, int | float | list[int | float]]
+
+# Set while a module is built whose V_in and V_out are to be made by `configure_model` only: sharded, each rank its own.
+START_LATER: ContextVar[bool] = ContextVar("START_LATER", default=False)
 
 # What each recipe sets where the user sets nothing.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -137,7 +151,7 @@ class L3D(L.LightningModule):
         target_config: str | None = None,
     ):
         super().__init__()
-        self._ranks = ALONE
+        self._ranks = self._replicas = ALONE
         require_choice("recipe", recipe, RECIPES)
         defaults = RECIPES[recipe]
         self.init = defaults["init"] if init is None else init
@@ -162,14 +176,12 @@ class L3D(L.LightningModule):
         chosen = select_parameters(target, parameters)
         object.__setattr__(self, "target", target)  # past nn.Module's registry: W0 is in no checkpoint and no optimizer
         self.extractor = GradientExtractor(target, chosen, divergence, reference, sample, tokens_per_sequence, autocast)
-        self.subnetworks = Subnetworks(
-            {name: tensor.shape for name, tensor in chosen.items()},
-            n_subnetworks,
-            ranks,
-            restarts,
-            self._generator("start"),
-            memory_budget,
+        shapes = {name: tensor.shape for name, tensor in chosen.items()}
+        self._make_subnetworks = partial(
+            Subnetworks, shapes, n_subnetworks, ranks, restarts, memory_budget=memory_budget
         )
+        if not START_LATER.get():
+            self.subnetworks = self._make_subnetworks(generator=self._generator("start"))
         self.threshold = RunningThreshold(restarts)
         self.train_activity, self.val_activity = Activity(restarts, n_subnetworks), Activity(restarts, n_subnetworks)
         self.val_loss, self.val_threshold_loss = Reconstruction(restarts), Reconstruction(restarts)
@@ -194,11 +206,14 @@ class L3D(L.LightningModule):
         prepared = self._prepare(extraction, batch, batch_idx, count=True)
         if prepared is None:
             return None
-        step = decompose(self.subnetworks, prepared, self.current_k(), self._ranks)
+        sharded = self.subnetworks.group.size > 1
+        step = (decompose_sharded if sharded else decompose)(self.subnetworks, prepared, self.current_k(), self._ranks)
         loss = step.loss.sum()  # restarts share no parameters: the gradient of the sum is that of each
         self._count(step)
         if self.aux_coefficient:
-            auxiliary = auxiliary_loss(self.subnetworks, prepared, step, self.dead(), min(1.0, 2 * self.k), self._ranks)
+            auxiliary = (auxiliary_loss_sharded if sharded else auxiliary_loss)(
+                self.subnetworks, prepared, step, self.dead(), min(1.0, 2 * self.k), self._ranks
+            )
             if auxiliary is not None:
                 loss = loss + self.aux_coefficient * auxiliary
         # When Lightning writes, or it would write old values.
@@ -236,14 +251,17 @@ class L3D(L.LightningModule):
         """Subnetworks that took part in none of the last `dead_after` samples, [R, n_v]."""
         return self.silent_samples >= self.dead_after
 
-    def _prepare(self, extraction: Extraction, batch: Any, batch_idx: int, count: bool = False) -> Prepared | None:
+    def _prepare(
+        self, extraction: Extraction, batch: Any, batch_idx: int, count: bool = False, alone: bool = False
+    ) -> Prepared | None:
         """The gradients laid out; where some are not finite, an error, or without those samples (to `count`)."""
-        prepared = self.subnetworks.prepare(extraction.gradients)
+        gradients = extraction.gradients if alone else share_gradients(extraction.gradients, self.subnetworks.group)
+        prepared = self.subnetworks.prepare(gradients)
         if math.isfinite(float(prepared.energy)):
             return prepared
         finite = torch.isfinite(prepared.sample_energies())
         if self.bad_samples == "error":
-            name = next(name for name, g in extraction.gradients.items() if not torch.isfinite(g.squared_norms()).all())
+            name = next(name for name, g in gradients.items() if not torch.isfinite(g.squared_norms()).all())
             inputs = tensors_of(inputs_of(batch))
             in_data = any(t.is_floating_point() and not torch.isfinite(t).all() for t in inputs)
             source = "the data" if in_data else "the gradient"
@@ -259,12 +277,12 @@ class L3D(L.LightningModule):
             return None
         if len(index) == 0:  # the others would wait for this rank for ever
             raise L3DError(f"batch {batch_idx}: every sample of rank {self._ranks.rank} has a non-finite gradient")
-        return self.subnetworks.prepare({name: g.select(index) for name, g in extraction.gradients.items()})
+        return self.subnetworks.prepare({name: g.select(index) for name, g in gradients.items()})
 
     @torch.no_grad()
     def _count(self, step: Step) -> None:
-        active = self._ranks.sum(step.mask.sum(0))
-        samples = self._ranks.count(step.mask.shape[0], active.device)
+        active = self._replicas.sum(self.subnetworks.everyone(step.mask.sum(0)))
+        samples = self._replicas.count(step.mask.shape[0], active.device)
         self.active_samples.add_(active)
         self._progress.samples += samples
         self.silent_samples.add_(samples).mul_(active == 0)
@@ -275,8 +293,28 @@ class L3D(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         self.target.to(self.device)
-        self._ranks = Ranks.of_run()
+        self._ranks = self._replicas = Ranks.of_run()
+        mesh = self.device_mesh
+        if mesh is not None:  # data x subnetworks: see `configure_model`
+            self._replicas = Ranks(mesh["data_parallel"].get_group()) if mesh["data_parallel"].size() > 1 else ALONE
         self._random = {name: self._generator(name) for name in ("references", "repair")} | self._random
+
+    def configure_model(self) -> None:
+        """V_in and V_out; sharded by subnetwork where the strategy has a mesh with an axis for it."""
+        mesh = self.device_mesh
+        group = Ranks(mesh["tensor_parallel"].get_group()) if mesh and mesh["tensor_parallel"].size() > 1 else ALONE
+        if "subnetworks" not in self._modules or self.subnetworks.group.size != group.size:
+            self.subnetworks = self._make_subnetworks(generator=self._generator("start"), group=group)
+        if mesh is not None:
+            self.subnetworks.distribute(mesh["tensor_parallel"])
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Average a shard's gradients over its replicas, which saw other samples. (DDP and the like do it by themselves.)"""
+        if self.device_mesh is None or self._replicas.size == 1:
+            return
+        for parameter in self.subnetworks.parameters():
+            if parameter.grad is not None:
+                self._replicas.mean_(local(parameter.grad))
 
     def on_fit_start(self) -> None:
         self.target.to(self.device)
@@ -288,8 +326,9 @@ class L3D(L.LightningModule):
             self.trainer.log_every_n_steps or 2**62,  # type: ignore[attr-defined]
             self._progress.samples,
         )
-        # One rank starts and repairs for all: it reads the first global batches, as a single process would.
-        if self._ranks.rank == 0 and (self.init == "gradients" or self.swap_every or self.revive_every):
+        # One rank (of sharded subnetworks: one group) starts and repairs for all the others: it reads the first global
+        # batches, as a single process would.
+        if self._replicas.rank == 0 and (self.init == "gradients" or self.swap_every or self.revive_every):
             self._anchors = self._collect_anchors()
         if self.trainer.global_step == 0 and self.init == "gradients":
             for restart, anchor in enumerate(self._anchors):
@@ -297,7 +336,7 @@ class L3D(L.LightningModule):
                 start_from_gradients(self.subnetworks, restart, anchor.prepared, random, gram=anchor.gram)
                 if self.scale_start:
                     scale_readers(self.subnetworks, restart, anchor.prepared, self.current_k())
-            self._ranks.broadcast_(*self.subnetworks.parameters())
+            self._replicas.broadcast_(*self.subnetworks.tensors())
         self._progress.clock = (self._progress.step, time.perf_counter())
 
     def _estimate_steps(self) -> int:
@@ -328,7 +367,7 @@ class L3D(L.LightningModule):
             extraction = self.extractor(batch, random)
             if not parts:
                 self.extractor.check(batch, extraction)
-            if self._prepare(extraction, batch, batch_idx) is not None:
+            if self._prepare(extraction, batch, batch_idx, alone=True) is not None:
                 parts.append(extraction.gradients)
             seen += extraction.n_samples
             if seen >= wanted:
@@ -375,21 +414,21 @@ class L3D(L.LightningModule):
 
     def _replaced(self, indices: list[int]) -> None:
         """These subnetworks (of R * n_v) are new, says the first rank: the others take them from it."""
-        is_new = torch.zeros(self.subnetworks.v_out.n, dtype=torch.bool, device=self.device)
+        is_new = torch.zeros_like(self.silent_samples, dtype=torch.bool).view(-1)
         is_new[indices] = True
-        self._ranks.broadcast_(is_new)
+        self._replicas.broadcast_(is_new)
         if bool(is_new.any()):
-            self._ranks.broadcast_(*self.subnetworks.parameters())
+            self._replicas.broadcast_(*self.subnetworks.tensors())
             for index in is_new.nonzero().squeeze(1).tolist():
                 self._forget(index)
 
     def _forget(self, index: int) -> None:
         """A new subnetwork starts with no optimizer state and no record of silence."""
-        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer, own = self.optimizers(use_pl_optimizer=False), self.subnetworks.own
         for parameter in self.subnetworks.parameters():
             for value in optimizer.state.get(parameter, {}).values():  # type: ignore[union-attr]
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value[index] = 0
+                if isinstance(value, Tensor) and value.shape == parameter.shape and own.start <= index < own.stop:
+                    local(value)[index - own.start] = 0
         self.silent_samples.view(-1)[index] = 0
 
     # -- optimizer --------------------------------------------------------------------------------------------------
@@ -422,13 +461,21 @@ class L3D(L.LightningModule):
         with torch.no_grad():
             c = self.subnetworks.coefficients(prepared)
             mask, _ = batch_topk(c, self.k, self._ranks)
-            self.val_loss.update(self.subnetworks.reconstruct(prepared, c * mask).loss, prepared.energy)
             alone = self.threshold(c)
-            self.val_threshold_loss.update(self.subnetworks.reconstruct(prepared, c * alone).loss, prepared.energy)
-            self.val_activity.update(alone.sum(0), prepared.n_samples)
+            for metric, codes in ((self.val_loss, c * mask), (self.val_threshold_loss, c * alone)):
+                metric.update(self._reconstruct(prepared, codes).loss, prepared.energy)
+            self.val_activity.update(self.subnetworks.everyone(alone.sum(0)), prepared.n_samples)
             outputs = self.extractor.divergence.to_mean(extraction.outputs)
             outputs = outputs[outputs.flatten(1).isfinite().all(1)]  # without samples that were skipped, or masked
             self._held_out_outputs.append((outputs.sum(0), len(outputs)))
+
+    def _reconstruct(self, prepared: Prepared, codes: Tensor) -> Residual:
+        sharded = self.subnetworks.group.size > 1
+        return (
+            reconstruct_sharded(self.subnetworks, prepared, codes)
+            if sharded
+            else self.subnetworks.reconstruct(prepared, codes)
+        )
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self._end_evaluation("val"))
@@ -499,7 +546,7 @@ class L3D(L.LightningModule):
         values: dict[str, Any] = {
             "train/loss": losses[best],
             "train/norm_ratio": losses[best].clamp_min(0).sqrt(),
-            "train/l0": step.mask[:, best].sum(1).float().mean(),
+            "train/l0": self.subnetworks.everyone(step.mask[:, best]).sum(1).float().mean(),
             "train/k": self.current_k(),
             "train/threshold": self.threshold.value[best],
             "train/dead_fraction": self.dead()[best].float().mean(),
@@ -507,12 +554,19 @@ class L3D(L.LightningModule):
             "lr": self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"],  # type: ignore[union-attr]
         }
         if now[0] > then[0]:
-            samples = step.mask.shape[0] * self.trainer.world_size
+            samples = step.mask.shape[0] * self._replicas.size
             values["train/samples_per_second"] = (now[0] - then[0]) * samples / (now[1] - then[1])
-        per_parameter = self.subnetworks.loss_per_parameter(prepared, step.codes, ranks=self._ranks)
+        per_parameter = self._loss_per_parameter(prepared, step.codes)
         values |= {f"train/loss/{name}": loss[best] for name, loss in per_parameter.items()}
         self.log_dict(values)
         self.log("loss", values["train/loss"], prog_bar=True, logger=False)
+
+    def _loss_per_parameter(self, prepared: Prepared, codes: Tensor) -> dict[str, Tensor]:
+        if self.subnetworks.group.size == 1:
+            return self.subnetworks.loss_per_parameter(prepared, codes, ranks=self._ranks)
+        errors = self._replicas.sum(errors_sharded(self.subnetworks, prepared, codes[:, 0]))
+        ratios = errors / self._replicas.sum(prepared.energies()).clamp_min(torch.finfo(torch.float32).tiny)
+        return {name: ratio.view(1) for name, ratio in zip(prepared.names, ratios, strict=True)}
 
     def on_train_epoch_end(self) -> None:
         period = max(1, self.trainer.check_val_every_n_epoch or 1)

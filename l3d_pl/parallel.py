@@ -1,7 +1,8 @@
-"""The processes of a data-parallel run, as the method sees them: sums over all ranks' samples."""
+"""The processes of a run, as the method sees them: sums over all ranks' samples, shards of V that go round."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,9 +37,23 @@ class Ranks:
         dist.all_reduce(total, group=self.group)
         return total
 
+    def mean_(self, tensor: Tensor) -> None:
+        """Overwrite a tensor by its mean over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+            tensor /= self.size
+
     def count(self, number: int, device: torch.device) -> int:
         """The sum of a whole number over all ranks (sent from `device`, where the group's tensors have to be)."""
         return number if self.size == 1 else int(self.sum(torch.tensor(number, device=device)))
+
+    def first(self, value: Any) -> Any:
+        """The first rank's value, a number, instead of each one's own."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, dist.get_global_rank(self.group, 0), group=self.group)
+        return values[0]
 
     def before(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks before this one."""
@@ -63,6 +78,61 @@ class Ranks:
         parts: list[Any] = [None] * self.size
         dist.all_gather_object(parts, thing, group=self.group)
         return parts
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, in their order; sizes may differ, not the number of dimensions."""
+        if self.size == 1:
+            return [tensor]
+        own = torch.tensor(tensor.shape, device=tensor.device)
+        shapes = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(shapes, own, group=self.group)
+        largest = torch.stack(shapes).amax(0).tolist()
+        padded = tensor.new_zeros(largest)
+        padded[tuple(slice(0, size) for size in tensor.shape)] = tensor
+        found = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(found, padded, group=self.group)
+        return [whole[tuple(slice(0, int(size)) for size in shape)] for whole, shape in zip(found, shapes, strict=True)]
+
+    def shard_of(self, n: int, rank: int | None = None) -> slice:
+        """Which of n things a rank (default: this one) owns: equal parts, the last ones smaller, as DTensor cuts."""
+        part = -(-n // self.size)
+        first = part * (self.rank if rank is None else rank)
+        return slice(min(n, first), min(n, first + part))
+
+    def ring(self, parts: Sequence[Tensor], n: int) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Shard after shard of n things as it passes: (which of them, their tensors), the own one first.
+
+        Args:
+            parts: tensors of this rank's shard, the first dimension being that of the things; on other ranks they
+                differ in its size only.
+        """
+        if self.size == 1:
+            yield slice(0, n), list(parts)
+            return
+        shapes, buffer = [part.shape[1:] for part in parts], torch.cat([part.detach().flatten() for part in parts])
+        sizes, owner = [shape.numel() for shape in shapes], self.rank
+        ahead, behind = (dist.get_global_rank(self.group, (self.rank + step) % self.size) for step in (1, -1))
+        for hop in range(self.size):
+            which = self.shard_of(n, owner)
+            count = which.stop - which.start
+            split = buffer.split([count * size for size in sizes])
+            yield which, [part.view(count, *shape) for part, shape in zip(split, shapes, strict=True)]
+            if hop == self.size - 1:
+                return
+            owner = (owner - 1) % self.size
+            which = self.shard_of(n, owner)
+            incoming = buffer.new_empty((which.stop - which.start) * sum(sizes))
+            works = [  # (a shard of nothing is not sent)
+                operation
+                for operation in (
+                    dist.P2POp(dist.isend, buffer, ahead, self.group),
+                    dist.P2POp(dist.irecv, incoming, behind, self.group),
+                )
+                if operation.tensor.numel()
+            ]
+            for work in dist.batch_isend_irecv(works) if works else ():
+                work.wait()
+            buffer = incoming
 
 
 ALONE = Ranks()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from l3d_pl.batch_topk import batch_topk, n_selected
 from l3d_pl.initialisation import low_rank_unit
+from l3d_pl.sharded import gram_sharded
 from l3d_pl.subnetworks import Prepared, Subnetworks, View
 from l3d_pl.tucker import Tucker, truncate
 
@@ -45,7 +46,7 @@ class Anchor:
 
 @dataclass
 class State:
-    """One restart's subnetworks against N gradients: `c`, `p`, `codes` [N, n_v] and `gram` M [n_v, n_v]."""
+    """One restart's subnetworks, those of all shards, against N gradients: c, p, codes [N, n_v], M [n_v, n_v]."""
 
     c: Tensor
     p: Tensor
@@ -65,11 +66,12 @@ def quadratic_error(codes: Tensor, p: Tensor, gram: Tensor) -> Tensor:
 @torch.no_grad()
 def state_of(subnetworks: Subnetworks, restart: int, prepared: Prepared, k: float) -> State:
     """One restart against the gradients of `prepared`, with the fraction k of all coefficients taking part."""
-    index = subnetworks.restart(restart)
+    index = subnetworks.local_restart(restart)
     view_out = subnetworks.view(subnetworks.v_out, prepared).select(index)
-    c = subnetworks.view(subnetworks.v_in, prepared).select(index).coefficients(prepared)
+    c = subnetworks.everyone(subnetworks.view(subnetworks.v_in, prepared).select(index).coefficients(prepared))
     mask, _ = batch_topk(c.unsqueeze(1), k)
-    return State(c, view_out.coefficients(prepared), view_out.gram(view_out), c * mask.squeeze(1))
+    gram = view_out.gram(view_out) if subnetworks.group.size == 1 else gram_sharded(subnetworks)
+    return State(c, subnetworks.everyone(view_out.coefficients(prepared)), gram, c * mask.squeeze(1))
 
 
 def loss_of(subnetworks: Subnetworks, restart: int, prepared: Prepared, k: float) -> float:
@@ -87,8 +89,8 @@ def scale_readers(subnetworks: Subnetworks, restart: int, prepared: Prepared, k:
     state = state_of(subnetworks, restart, prepared, k)
     quadratic = float((state.codes * (state.codes @ state.gram)).sum())
     scale = float((state.codes * state.p).sum()) / quadratic if quadratic > 0 else 1.0
-    for module in subnetworks.v_in.children():
-        module.core[subnetworks.restart(restart)] *= scale  # type: ignore[index,operator]
+    for tucker in subnetworks.v_in.tuckers().values():
+        tucker.core[subnetworks.local_restart(restart)] *= scale
     return scale
 
 
@@ -122,9 +124,8 @@ def candidates(
         weights = scores * top
         weights /= ((weights @ residuals) * weights).sum(1, keepdim=True).clamp_min(floor).sqrt()
     dense = anchor.prepared.combine(weights, subnetworks.shapes)
-    index, mixed = subnetworks.restart(restart), weights @ codes  # sum_i weights_i V_out codes_i
-    for name, tucker in subnetworks.v_out.tuckers().items():
-        dense[name] = dense[name] - tucker.select(index).matrices().combine(mixed).view_as(dense[name])
+    for name, mixed in subnetworks.combine(weights @ codes, restart).items():  # sum_i weights_i V_out codes_i
+        dense[name] = dense[name] - mixed
     return low_rank_unit(dense, subnetworks)
 
 
@@ -137,11 +138,17 @@ def replace(
     v_in: Mapping[str, Tucker] | None = None,
     which: int = 0,
 ) -> int:
-    """Put tensors `which` in the place of a subnetwork (`v_in`: default a copy of `v_out`); its index among R * n_v."""
+    """Put tensors `which` in the place of a subnetwork (`v_in`: default a copy of `v_out`); its index among R * n_v.
+
+    Of a sharded subnetwork only its owner takes note.
+    """
     place = _place(subnetworks, restart, slot)
     for side, tuckers in ((subnetworks.v_out, v_out), (subnetworks.v_in, v_out if v_in is None else v_in)):
-        side.copy_({name: tucker.select(slice(which, which + 1)) for name, tucker in tuckers.items()}, place)
-    return place.start
+        side.copy_(
+            {name: tucker.select(slice(which, which + place.stop - place.start)) for name, tucker in tuckers.items()},
+            place,
+        )
+    return restart * subnetworks.n_subnetworks + slot
 
 
 def readers(gram: Tensor, overlaps: Tensor, ridge: float = 0.05) -> tuple[Tensor, Tensor]:
@@ -191,10 +198,11 @@ def best_swap(
         max_slots: with more subnetworks than this, only those whose removal costs least are tried.
     """
     codes, n = state.codes, state.codes.shape[1]
-    view = subnetworks.view(subnetworks.v_out, prepared).select(subnetworks.restart(restart))
+    view = subnetworks.view(subnetworks.v_out, prepared).select(subnetworks.local_restart(restart))
     dense = [new[name].dense().flatten(1) for name in prepared.names[: len(prepared.sizes)]]
     new_view = View(torch.cat(dense, 1) if dense else None, {name: new[name] for name in prepared.factored})
-    columns, overlaps = new_view.coefficients(prepared), new_view.gram(view)  # [N, candidates], [candidates, n_v]
+    columns = new_view.coefficients(prepared)  # [N, candidates]
+    overlaps = subnetworks.everyone(new_view.gram(view))  # [candidates, n_v]
     away, left = readers(state.gram, overlaps)
 
     removal = (codes * (2 * state.p - 2 * codes @ state.gram)).sum(0) + codes.square().sum(0) * state.gram.diagonal()
@@ -212,13 +220,13 @@ def best_swap(
             errors = quadratic_error(c * mask.transpose(0, 1), p, gram)
             if float(errors.min()) < least:
                 least, which, slot = float(errors.min()), candidate, int(part[errors.argmin()])
+    # Ranks that hold shards must not come to different conclusions by rounding.
+    least, which, slot = (subnetworks.group.first(value) for value in (least, which, slot))
 
     v_out = {name: tucker.select(slice(which, which + 1)) for name, tucker in new.items()}
     v_in = {}
-    for name, tucker in subnetworks.v_out.tuckers().items():
-        direction, own = v_out[name].dense(), tucker.select(subnetworks.restart(restart)).matrices()
-        others = own.combine(away[which, slot].unsqueeze(0)).view_as(direction)
-        reader = (direction - others) / left[which, slot]
+    for name, others in subnetworks.combine(away[which, slot].unsqueeze(0), restart).items():
+        reader = (v_out[name].dense() - others) / left[which, slot]
         v_in[name] = truncate(reader, subnetworks.ranks[name])
     return Swap(slot, v_out, v_in, least)
 
@@ -255,12 +263,15 @@ def swap(
     )  # fmt: skip
     before = loss_of(subnetworks, restart, anchor.judge, k)
     index = replace(subnetworks, restart, best.slot, best.v_out, best.v_in)
-    if loss_of(subnetworks, restart, anchor.judge, k) < (1 - min_gain) * before:
+    after = loss_of(subnetworks, restart, anchor.judge, k)
+    if subnetworks.group.first(after) < (1 - min_gain) * subnetworks.group.first(before):
         return index
     replace(subnetworks, restart, best.slot, old_out, old_in)
     return None
 
 
 def _place(subnetworks: Subnetworks, restart: int, slot: int) -> slice:
-    index = restart * subnetworks.n_subnetworks + slot
-    return slice(index, index + 1)
+    """Where a subnetwork is stored: nowhere (an empty slice), where another rank owns it."""
+    index, own = restart * subnetworks.n_subnetworks + slot, subnetworks.own
+    first = index - own.start if own.start <= index < own.stop else 0
+    return slice(first, first + (own.start <= index < own.stop))

@@ -9,8 +9,8 @@ the shards is M = V_out^T V_out: with codes c_j of shard j, rank r needs
 so V_out's shards travel round the group in a ring, one at a time, and each rank adds its part as they pass. No rank
 ever holds all of V_out, and neither unit norms nor the optimizer need anything from the others.
 
-Bytes that a rank sends per step: N - 1 shards of V_out as two matrices for each parameter (`payload`), its share of D
-and A to N - 1 others, and its codes.
+Values that a rank sends per step, in a group of S: (S - 1) / S of V_out, S - 1 times its own samples' D and A, and
+S - 1 times its codes [samples of the group, n_v / S]. With several groups, their gradients of V are averaged besides.
 """
 
 from __future__ import annotations
@@ -20,19 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from l3d_pl.batch_topk import batch_topk
 from l3d_pl.gradients import DenseGradient, OuterGradient, SampleGradient, concatenate
 from l3d_pl.parallel import Ranks
 from l3d_pl.step import Side, Step
-from l3d_pl.subnetworks import Prepared, Subnetworks
+from l3d_pl.subnetworks import Prepared, Reconstruction, Subnetworks
 from l3d_pl.tucker import Matrices, flatten, unflatten
-
-
-def shard_of(n_subnetworks: int, rank: int, size: int) -> slice:
-    """The subnetworks that a rank of a group owns; sizes differ by one at most."""
-    return slice(n_subnetworks * rank // size, n_subnetworks * (rank + 1) // size)
 
 
 def share_gradients(gradients: Mapping[str, SampleGradient], group: Ranks) -> dict[str, SampleGradient]:
@@ -42,43 +36,32 @@ def share_gradients(gradients: Mapping[str, SampleGradient], group: Ranks) -> di
     parts: dict[str, list[SampleGradient]] = {}
     for name, gradient in gradients.items():
         if isinstance(gradient, OuterGradient):
-            outputs, inputs = all_gather(gradient.outputs, group), all_gather(gradient.inputs, group)
+            outputs, inputs = group.all_gather(gradient.outputs), group.all_gather(gradient.inputs)
             indices = group.gather(None if gradient.index is None else gradient.index.cpu())
             parts[name] = [
                 OuterGradient(d, a, gradient.shape, gradient.is_transposed, None if i is None else i.to(d.device))
                 for d, a, i in zip(outputs, inputs, indices, strict=True)
             ]
         else:
-            parts[name] = [DenseGradient(values) for values in all_gather(gradient.dense(), group)]
+            parts[name] = [DenseGradient(values) for values in group.all_gather(gradient.dense())]
     return {name: concatenate(part) for name, part in parts.items()}
 
 
-def all_gather(tensor: Tensor, group: Ranks) -> list[Tensor]:
-    """Every rank's tensor; their sizes may differ, not their number of dimensions."""
-    if group.size == 1:
-        return [tensor]
-    own = torch.tensor(tensor.shape, device=tensor.device)
-    shapes = [torch.empty_like(own) for _ in range(group.size)]
-    dist.all_gather(shapes, own, group=group.group)
-    largest = torch.stack(shapes).amax(0).tolist()
-    padded = tensor.new_zeros(largest)
-    padded[tuple(slice(0, size) for size in tensor.shape)] = tensor
-    found = [torch.empty_like(padded) for _ in range(group.size)]
-    dist.all_gather(found, padded, group=group.group)
-    return [whole[tuple(slice(0, int(size)) for size in shape)] for whole, shape in zip(found, shapes, strict=True)]
-
-
 def decompose_sharded(
-    subnetworks: Subnetworks, prepared: Prepared, k: float, n_subnetworks: int, group: Ranks, ranks: Ranks
+    subnetworks: Subnetworks,
+    prepared: Prepared,
+    k: float,
+    ranks: Ranks,
+    fixed: Tensor | None = None,
+    among: Tensor | None = None,
 ) -> Step:
-    """`step.decompose` for one shard of the subnetworks.
+    """`step.decompose` for this rank's shard of the subnetworks, in the group `subnetworks.group`; one restart.
 
     Args:
-        subnetworks: those that this rank owns, `shard_of(n_subnetworks, ...)`; one restart.
         prepared: the gradients of all the group's samples (see `share_gradients`).
-        n_subnetworks: n_v, of all shards together.
-        group: the ranks that share these samples, each with another shard.
         ranks: all ranks of the run; other groups have other samples, and the same shards.
+        fixed: codes [N, n] of the own subnetworks that are there already, and held constant.
+        among: which of the own subnetworks take part besides, [n] of bool (default: all).
 
     Returns:
         the step, its `coefficients` and `mask` those of the own subnetworks. Its `loss` is the group's over the energy
@@ -87,89 +70,73 @@ def decompose_sharded(
     tuckers_in, tuckers_out = subnetworks.v_in.tuckers(), subnetworks.v_out.tuckers()
     names = prepared.names
     flat = flatten([tuckers_in[name] for name in names]) + flatten([tuckers_out[name] for name in names])
-    modes = [len(subnetworks.shapes[name]) for name in names]
-    return Step(*_ShardedStep.apply(prepared, k, n_subnetworks, group, ranks, subnetworks.chunk, modes, *flat))
+    return Step(*_ShardedStep.apply(subnetworks, prepared, k, ranks, fixed, among, *flat))
 
 
-def payload(side: Side) -> list[Tensor]:
-    """What travels of a shard of V_out: the dense block, and the two matrices of each factored parameter."""
-    parts = [] if side.block is None else [side.block]
-    return parts + [part for matrices in side.matrices for part in matrices]
-
-
-def ring(parts: list[Tensor], n_subnetworks: int, group: Ranks) -> Iterator[tuple[int, list[Tensor]]]:
-    """Shard after shard of V_out as it passes: (its owner, its `payload`), the own one first."""
-    if group.size == 1:
-        yield 0, parts
-        return
-    shapes, buffer = [part.shape[1:] for part in parts], torch.cat([part.flatten() for part in parts])
-    per_subnetwork = [shape.numel() for shape in shapes]
-    owner = group.rank
-    ahead, behind = (dist.get_global_rank(group.group, (group.rank + step) % group.size) for step in (1, -1))
-    for hop in range(group.size):
-        span = shard_of(n_subnetworks, owner, group.size)
-        n = span.stop - span.start
-        split = buffer.split([n * size for size in per_subnetwork])
-        yield owner, [part.view(n, *shape) for part, shape in zip(split, shapes, strict=True)]
-        if hop == group.size - 1:
-            return
-        owner = (owner - 1) % group.size
-        span = shard_of(n_subnetworks, owner, group.size)
-        incoming = buffer.new_empty((span.stop - span.start) * sum(per_subnetwork))
-        sends = [
-            dist.P2POp(dist.isend, buffer, ahead, group.group),
-            dist.P2POp(dist.irecv, incoming, behind, group.group),
-        ]
-        for work in dist.batch_isend_irecv(sends):
-            work.wait()
-        buffer = incoming
+def auxiliary_loss_sharded(
+    subnetworks: Subnetworks, prepared: Prepared, step: Step, dead: Tensor, k: float, ranks: Ranks
+) -> Tensor | None:
+    """`auxiliary.auxiliary_loss` for this rank's shard; `dead` is [1, n_v], of all subnetworks."""
+    if not bool(dead.any()):
+        return None
+    own = subnetworks.mine(dead)[0]
+    return decompose_sharded(subnetworks, prepared, k, ranks, fixed=step.codes[:, 0], among=own).loss.sum()
 
 
 class _ShardedStep(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        subnetworks: Subnetworks,
         prepared: Prepared,
         k: float,
-        n_subnetworks: int,
-        group: Ranks,
         ranks: Ranks,
-        chunk: int,
-        modes: list[int],
+        fixed: Tensor | None,
+        among: Tensor | None,
         *flat: Tensor,
     ) -> Any:
+        group, chunk, half = subnetworks.group, subnetworks.chunk, len(flat) // 2
+        modes = [len(subnetworks.shapes[name]) for name in prepared.names]
         with torch.autocast(flat[0].device.type, enabled=False):
-            half = len(flat) // 2
             side_in = Side(prepared, unflatten(modes, flat[:half]), chunk)
             side_out = Side(prepared, unflatten(modes, flat[half:]), chunk)
             total = float(prepared.energy)  # of the group; each of its ranks counts it once
             energy = max(float(ranks.sum(prepared.energy)), torch.finfo(torch.float32).tiny) / ranks.size
             scale = 2 / energy
             c = _contract(side_in)
-            mask, threshold = batch_topk(c.unsqueeze(1), k, ranks)
-            codes = c * mask.squeeze(1)
-            all_codes = all_gather(codes, group)
+            if among is None:
+                mask, threshold = batch_topk(c.unsqueeze(1), k, ranks)
+            else:
+                mask = torch.zeros_like(c, dtype=torch.bool).unsqueeze(1)
+                mask[:, :, among], threshold = batch_topk(c[:, among].unsqueeze(1), k, ranks)
+            learned = c * mask.squeeze(1)
+            codes = learned if fixed is None else learned + fixed
+            everyone = subnetworks.everyone(codes)
             p = _contract(side_out)
 
             pushed = torch.zeros_like(codes)  # codes M, the own columns
             d_block = None if side_out.block is None else torch.zeros_like(side_out.block)
             d_matrices = [Matrices(*(torch.zeros_like(part) for part in matrices)) for matrices in side_out.matrices]
-            for owner, parts in ring(payload(side_out), n_subnetworks, group):
-                weights = (codes.mT @ all_codes[owner]) * scale
-                gram = torch.zeros_like(weights)  # <own, theirs>
-                if side_out.block is not None and d_block is not None:
-                    theirs = parts.pop(0)
-                    gram.addmm_(side_out.block, theirs.mT)
-                    d_block.addmm_(weights, theirs)
-                for matrices, d in zip(side_out.matrices, d_matrices, strict=True):
-                    matrices.add_products(Matrices(parts.pop(0), parts.pop(0)), weights, gram, d, chunk)
-                pushed.addmm_(all_codes[owner], gram.mT)
+            for which, other in _ring(subnetworks, prepared, flat[half:], side_out):
+                theirs = everyone[:, which]
+                if theirs.numel() == 0 or codes.numel() == 0:
+                    continue
+                weights = (learned.mT @ theirs) * scale
+                gram = weights.new_zeros(weights.shape)  # <own, theirs>
+                if d_block is not None:
+                    assert side_out.block is not None
+                    assert other.block is not None
+                    gram.addmm_(side_out.block, other.block.mT)
+                    d_block.addmm_(weights, other.block)
+                for mine, matrices, d in zip(side_out.matrices, other.matrices, d_matrices, strict=True):
+                    mine.add_products(matrices, weights, gram, d, chunk)
+                pushed.addmm_(theirs, gram.mT)
 
             # Summed in float64: a small difference of large numbers.
             error = total + group.sum((codes.double() * (pushed.double() - 2 * p.double())).sum())
             d_c = (pushed - p).mul_(scale) * mask.squeeze(1)
             gradients = side_in.backward(d_c.mT @ prepared.block if prepared.block is not None else None, d_c)
-            d_p = codes * -scale
+            d_p = learned * -scale
             if d_block is not None and prepared.block is not None:
                 d_block.addmm_(d_p.mT, prepared.block)
             ctx.gradients = gradients + side_out.backward(d_block, d_p, d_matrices)
@@ -182,7 +149,65 @@ class _ShardedStep(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if bool((d_loss != 1).any()):
             gradients = [gradient * d_loss for gradient in gradients]
-        return *[None] * 7, *gradients
+        return *[None] * 6, *gradients
+
+
+@torch.no_grad()
+def errors_sharded(subnetworks: Subnetworks, prepared: Prepared, codes: Tensor) -> Tensor:
+    """sum_i ‖g_i - V_out code_i‖² of every parameter over the group's samples, [P] in the order of `prepared.names`.
+
+    Args:
+        codes: of the own subnetworks, [N, n].
+    """
+    tuckers = subnetworks.v_out.tuckers()
+    flat = flatten([tuckers[name] for name in prepared.names])
+    modes = [len(subnetworks.shapes[name]) for name in prepared.names]
+    side = Side(prepared, unflatten(modes, flat), subnetworks.chunk)
+    everyone, wide = subnetworks.everyone(codes), codes.double()
+    errors = codes.new_zeros(len(prepared.names), dtype=torch.float64)
+    blocks = [] if side.block is None else list(side.block.split(prepared.sizes, 1))
+    g_blocks = [] if prepared.block is None else prepared.block.split(prepared.sizes, 1)
+    for i, (v, g) in enumerate(zip(blocks, g_blocks, strict=True)):
+        errors[i] -= 2 * (wide * (g @ v.mT)).sum()
+    for i, (gradient, matrices) in enumerate(zip(side.gradients, side.matrices, strict=True), len(blocks)):
+        errors[i] -= 2 * (wide * gradient.contract(matrices, subnetworks.chunk)[0]).sum()
+    for which, other in _ring(subnetworks, prepared, flat, side):
+        theirs = everyone[:, which]
+        if theirs.numel() == 0 or codes.numel() == 0:
+            continue
+        others = [] if other.block is None else list(other.block.split(prepared.sizes, 1))
+        grams = [v @ w.mT for v, w in zip(blocks, others, strict=True)]
+        grams += [v.gram(w) for v, w in zip(side.matrices, other.matrices, strict=True)]
+        errors += torch.stack([((theirs @ gram.mT).double() * wide).sum() for gram in grams])
+    return prepared.energies() + subnetworks.group.sum(errors)
+
+
+def reconstruct_sharded(subnetworks: Subnetworks, prepared: Prepared, codes: Tensor) -> Reconstruction:
+    """`Subnetworks.reconstruct` of the group's samples, with `codes` [N, 1, n] of the own subnetworks."""
+    errors = errors_sharded(subnetworks, prepared, codes[:, 0])
+    return Reconstruction(errors.sum().view(1), prepared.energy)
+
+
+@torch.no_grad()
+def gram_sharded(subnetworks: Subnetworks) -> Tensor:
+    """M = <v_k, v_l> of all subnetworks, [n_v, n_v], on every rank."""
+    own, names = subnetworks.v_out.tuckers(), tuple(subnetworks.shapes)
+    modes = [len(shape) for shape in subnetworks.shapes.values()]
+    flat = flatten([own[name] for name in names])
+    rows = flat[0].new_zeros(subnetworks.v_out.n, subnetworks.n_subnetworks)
+    for which, parts in subnetworks.group.ring(flat, subnetworks.n_subnetworks):
+        for mine, theirs in zip(own.values(), unflatten(modes, parts), strict=True):
+            if rows[:, which].numel():
+                rows[:, which] += mine.gram(theirs)
+    return subnetworks.everyone(rows.mT).mT
+
+
+def _ring(subnetworks: Subnetworks, prepared: Prepared, flat: Any, own: Side) -> Iterator[tuple[slice, Side]]:
+    """The shards of V_out as they pass, laid out as `own` is; what travels are their Tucker tensors."""
+    modes = [len(subnetworks.shapes[name]) for name in prepared.names]
+    for which, parts in subnetworks.group.ring(flat, subnetworks.n_subnetworks):
+        is_own = which == subnetworks.own
+        yield which, own if is_own else Side(prepared, unflatten(modes, parts), subnetworks.chunk)
 
 
 def _contract(side: Side) -> Tensor:

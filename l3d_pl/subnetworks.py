@@ -21,12 +21,14 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from l3d_pl.errors import L3DError, did_you_mean
 from l3d_pl.gradients import DenseGradient, OuterGradient, SampleGradient
 from l3d_pl.parallel import ALONE, Ranks
 from l3d_pl.targets.frozen import matches_pattern
-from l3d_pl.tucker import Matrices, Rank, Tucker, TuckerParameters, dense_block, resolve_ranks
+from l3d_pl.tucker import Matrices, Rank, Tucker, TuckerParameters, dense_block, local, resolve_ranks
 
 # Below this many values the factored form of a parameter costs more calls than it saves multiplications.
 SMALL_PARAMETER = 4096
@@ -74,6 +76,9 @@ class Directions(nn.Module):
     """One side, V_in or V_out: n tensors for each parameter, together n directions in parameter space.
 
     `parameters_of[name]` holds the Tucker tensors of one parameter (its module name has "/" for ".").
+
+    Args:
+        own: which of the n this process keeps.
     """
 
     def __init__(
@@ -82,12 +87,13 @@ class Directions(nn.Module):
         ranks: Mapping[str, tuple[int, ...]],
         n: int,
         generator: torch.Generator | None,
+        own: slice,
     ):
         super().__init__()
         self.names = tuple(shapes)
-        self.n = n
+        self.n = own.stop - own.start
         for name, shape in shapes.items():
-            self.add_module(name.replace(".", "/"), TuckerParameters(n, shape, ranks[name], generator))
+            self.add_module(name.replace(".", "/"), TuckerParameters(n, shape, ranks[name], generator, own))
 
     @property
     def device(self) -> torch.device:
@@ -113,9 +119,8 @@ class Directions(nn.Module):
     def normalise_(self) -> None:
         """Rescale every subnetwork to unit L2 norm over all its tensors together (paper, training step 5)."""
         scale = self.squared_norms().clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-        for module in self.children():
-            core = module.core
-            core.mul_(scale.view(-1, *[1] * (core.ndim - 1)))  # type: ignore[operator]
+        for tucker in self.tuckers().values():
+            tucker.core.mul_(scale.view(-1, *[1] * (tucker.core.ndim - 1)))
 
     @torch.no_grad()
     def copy_(self, tuckers: Mapping[str, Tucker], index: Tensor | slice = slice(None)) -> None:
@@ -242,9 +247,11 @@ class Subnetworks(nn.Module):
         restarts: R decompositions side by side.
         generator: random state of the start, the same on every process.
         memory_budget: GiB that the intermediate results of a step may take together.
+        group: the ranks among which the subnetworks are sharded; this process then holds `own` of them only, drawn as
+            a single process would.
 
     Raises:
-        L3DError: n_v or restarts below 1, invalid ranks.
+        L3DError: n_v or restarts below 1, invalid ranks, restarts that are sharded.
     """
 
     def __init__(
@@ -255,6 +262,7 @@ class Subnetworks(nn.Module):
         restarts: int = 1,
         generator: torch.Generator | None = None,
         memory_budget: float = 1.0,
+        group: Ranks = ALONE,
     ):
         super().__init__()
         if n_subnetworks < 1:
@@ -265,11 +273,81 @@ class Subnetworks(nn.Module):
         self.ranks = ranks_per_parameter(self.shapes, ranks)
         if not memory_budget > 0:
             raise L3DError(f"memory_budget: found {memory_budget}; allowed are GiB > 0")
-        self.n_subnetworks, self.restarts, self.memory_budget = n_subnetworks, restarts, memory_budget
-        self.v_out = Directions(self.shapes, self.ranks, restarts * n_subnetworks, generator)
+        if restarts > 1 and group.size > 1:
+            raise L3DError(f"restarts: found {restarts}; subnetworks that are sharded over ranks allow 1")
+        self.n_subnetworks, self.restarts, self.memory_budget, self.group = (
+            n_subnetworks, restarts, memory_budget, group
+        )  # fmt: skip
+        self.own = group.shard_of(restarts * n_subnetworks)
+        self.v_out = Directions(self.shapes, self.ranks, restarts * n_subnetworks, generator, self.own)
         self.v_out.normalise_()
-        self.v_in = Directions(self.shapes, self.ranks, restarts * n_subnetworks, generator)
+        self.v_in = Directions(self.shapes, self.ranks, restarts * n_subnetworks, generator, self.own)
         self.v_in.copy_({name: tucker.detach() for name, tucker in self.v_out.tuckers().items()})
+
+    # -- sharding by subnetwork -------------------------------------------------------------------------------------
+
+    def distribute(self, mesh: DeviceMesh) -> None:
+        """Tell torch that each parameter is `own` of a larger one: it becomes a DTensor on `mesh`, Shard(0).
+
+        Checkpoints, the optimizer and the norm of all gradients then see one V_in and one V_out. What is stored whole
+        here is cut.
+        """
+        n = self.restarts * self.n_subnetworks
+        for module in self.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is None or isinstance(parameter, DTensor):
+                    continue
+                rows = parameter.detach()
+                rows = rows if len(rows) == self.own.stop - self.own.start else rows[self.own].clone()
+                whole = torch.empty(n, *rows.shape[1:], device="meta")
+                shards = DTensor.from_local(
+                    rows, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+                )
+                module._parameters[name] = nn.Parameter(shards)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the own subnetworks, to be written to."""
+        return [local(parameter.detach()) for parameter in self.parameters()]
+
+    def everyone(self, columns: Tensor) -> Tensor:
+        """What each rank of the group knows of its own subnetworks, [.., n] each, side by side: [.., n_v]."""
+        return columns if self.group.size == 1 else torch.cat(self.group.all_gather(columns), -1)
+
+    def mine(self, columns: Tensor) -> Tensor:
+        """Of something for each subnetwork, [.., n_v], the part of the own ones, [.., n]."""
+        return columns if self.group.size == 1 else columns[..., self.own]
+
+    @torch.no_grad()
+    def combine(self, weights: Tensor, restart: int = 0) -> dict[str, Tensor]:
+        """Weighted sums of V_out, `weights` [m, n_v] -> {name: [m, *shape]}, over all shards."""
+        weights, index, sums = self.mine(weights), self.local_restart(restart), {}
+        for name, tucker in self.v_out.tuckers().items():
+            part = tucker.select(index).matrices().combine(weights)
+            sums[name] = self.group.sum(part).view(-1, *self.shapes[name])
+        return sums
+
+    def local_restart(self, r: int) -> slice:
+        """Restart r among the stored subnetworks: all of them, where they are sharded."""
+        return self.restart(r) if self.group.size == 1 else slice(0, self.v_out.n)
+
+    @torch.no_grad()
+    def whole(self) -> Subnetworks | None:
+        """All shards together, on the CPU of the group's first rank; None on the others. Every rank has to ask."""
+        first = self.group.rank == 0
+        joined = Subnetworks(self.shapes, self.n_subnetworks, self._given_ranks(), self.restarts) if first else None
+        places = list(joined.parameters()) if joined is not None else []
+        for index, tensor in enumerate(self.tensors()):
+            parts = self.group.all_gather(tensor)
+            if joined is not None:
+                places[index].data = torch.cat([part.cpu() for part in parts])
+        return joined
+
+    def _given_ranks(self) -> dict[str, Rank]:
+        return {name: list(ranks) or 1 for name, ranks in self.ranks.items()}
 
     # -- layout -----------------------------------------------------------------------------------------------------
 
@@ -285,7 +363,12 @@ class Subnetworks(nn.Module):
 
     def path_of(self, name: str, gradient: SampleGradient) -> tuple[str, str]:
         """`dense` or `factored`: how a parameter is contracted, and why. Memory counts first, then multiplications."""
-        size, n, ranks = math.prod(self.shapes[name]), self.v_out.n, self.ranks[name]
+        # (the largest shard's n: what travels between ranks has to look the same on all)
+        size, n, ranks = (
+            math.prod(self.shapes[name]),
+            self.group.shard_of(self.restarts * self.n_subnetworks, 0).stop,
+            self.ranks[name],
+        )
         if not isinstance(gradient, OuterGradient):
             return "dense", "its gradients are no outer products"
         if size < SMALL_PARAMETER:
@@ -391,9 +474,7 @@ class Subnetworks(nn.Module):
     @torch.no_grad()
     def extract_restart(self, r: int) -> Subnetworks:
         """Restart r alone, as a new `Subnetworks`."""
-        alone = Subnetworks(
-            self.shapes, self.n_subnetworks, {name: list(ranks) or 1 for name, ranks in self.ranks.items()}
-        )
+        alone = Subnetworks(self.shapes, self.n_subnetworks, self._given_ranks())
         for mine, theirs in ((alone.v_in, self.v_in), (alone.v_out, self.v_out)):
             mine.to(next(self.parameters()))
             mine.copy_({name: tucker.select(self.restart(r)) for name, tucker in theirs.tuckers().items()})

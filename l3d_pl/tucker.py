@@ -15,6 +15,7 @@ import torch
 from tensorly.decomposition import tucker as tensorly_tucker
 from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from l3d_pl.errors import L3DError
 
@@ -383,26 +384,43 @@ class TuckerParameters(nn.Module):
     `core` is [n, R1, ..., RN], `factor{m}` [n, I_m, R_m]: a shard by subnetwork is a slice of the first dimension of
     each. They start as independent normal values (the paper's code; the scale is undone by the unit norm), so that
     every subnetwork starts as a random direction.
+
+    Args:
+        own: which of the n this process keeps (default: all). All are drawn, so that a shard is that of the whole.
     """
 
-    def __init__(self, n: int, shape: Sequence[int], ranks: Sequence[int], generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        n: int,
+        shape: Sequence[int],
+        ranks: Sequence[int],
+        generator: torch.Generator | None = None,
+        own: slice = slice(None),
+    ):
         super().__init__()
         # Columns of about unit norm, as after an SVD: the optimizer's step then means the same for both starts.
-        self.core = nn.Parameter(torch.randn(n, *ranks, generator=generator) / math.sqrt(math.prod(ranks)))
+        core = torch.randn(n, *ranks, generator=generator)[own] / math.sqrt(math.prod(ranks))
+        self.core = nn.Parameter(core)
         for mode, (size, rank) in enumerate(zip(shape, ranks, strict=True)):
-            factor = torch.randn(n, size, rank, generator=generator) / math.sqrt(size)
+            factor = torch.randn(n, size, rank, generator=generator)[own] / math.sqrt(size)
             self.register_parameter(f"factor{mode}", nn.Parameter(factor))
 
     @property
     def tucker(self) -> Tucker:
-        core, *factors = self._parameters.values()  # in the order of registration; much faster than a ParameterList
-        return Tucker(core, tuple(factors))  # type: ignore[arg-type]
+        """The tensors themselves; of a sharded parameter, this process's subnetworks."""
+        core, *factors = map(local, self._parameters.values())  # registration's order; faster than a ParameterList
+        return Tucker(core, tuple(factors))
 
     @torch.no_grad()
     def copy_(self, other: Tucker, index: Tensor | slice = slice(None)) -> None:
         """Overwrite the tensors at `index` with `other`."""
-        for mine, theirs in zip(self.parameters(), (other.core, *other.factors), strict=True):
+        for mine, theirs in zip(map(local, self.parameters()), (other.core, *other.factors), strict=True):
             mine[index] = theirs.to(mine)
+
+
+def local(tensor: Any) -> Any:
+    """What this process holds of a sharded tensor (a DTensor); any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
