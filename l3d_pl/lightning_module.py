@@ -34,6 +34,7 @@ from l3d_pl.sharded import (
     share_gradients,
 )
 from l3d_pl.step import Step, decompose
+from l3d_pl.strategies import register, writable_parameters, zero_optimizer_state
 from l3d_pl.subnetworks import Prepared, Subnetworks
 from l3d_pl.subnetworks import Reconstruction as Residual
 from l3d_pl.targets.frozen import fingerprint, freeze, select_parameters
@@ -41,6 +42,8 @@ from l3d_pl.targets.training import load_target
 from l3d_pl.tucker import local
 
 TuckerRanks = int | float | list[int | float] | dict[str, int | float | list[int | float]]
+
+register()
 
 # Set while a module is built whose V_in and V_out are to be made by `configure_model` only: sharded, each rank its own.
 START_LATER: ContextVar[bool] = ContextVar("START_LATER", default=False)
@@ -226,6 +229,12 @@ class L3D(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         step = self._progress.step = self.trainer.global_step + 1  # Lightning counts this step only afterwards
         done = step / max(1, self._progress.total_steps)
+        with writable_parameters(self.trainer.strategy):
+            self._repair(step, done)
+            self.subnetworks.normalise_()
+
+    def _repair(self, step: int, done: float) -> None:
+        """Swaps and revivals that are due after `step`, the share `done` of training."""
         # Not sooner: a candidate fitted to its samples beats any subnetwork that has hardly been trained.
         if self.swap_every and step % self.swap_every == 0 and self.sparse and 0.3 <= done <= 0.75:
             self._swap()
@@ -233,7 +242,6 @@ class L3D(L.LightningModule):
         late = self._progress.total_steps > 0 and done > 0.75
         if self.revive_every and step % self.revive_every == 0 and not late:
             self._revive()
-        self.subnetworks.normalise_()
 
     def current_k(self) -> float:
         """k of this step: 1 in the dense epochs, then from k_start * k up to k over the first half of training."""
@@ -309,7 +317,7 @@ class L3D(L.LightningModule):
             self.subnetworks.distribute(mesh["tensor_parallel"])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Average a shard's gradients over its replicas, which saw other samples. (DDP and the like do it by themselves.)"""
+        """Average a shard's gradients over its replicas, which saw other samples. (DDP and others do that alone.)"""
         if self.device_mesh is None or self._replicas.size == 1:
             return
         for parameter in self.subnetworks.parameters():
@@ -331,13 +339,18 @@ class L3D(L.LightningModule):
         if self._replicas.rank == 0 and (self.init == "gradients" or self.swap_every or self.revive_every):
             self._anchors = self._collect_anchors()
         if self.trainer.global_step == 0 and self.init == "gradients":
-            for restart, anchor in enumerate(self._anchors):
-                random = self._generator("k-lines", restart)
-                start_from_gradients(self.subnetworks, restart, anchor.prepared, random, gram=anchor.gram)
-                if self.scale_start:
-                    scale_readers(self.subnetworks, restart, anchor.prepared, self.current_k())
-            self._replicas.broadcast_(*self.subnetworks.tensors())
+            with writable_parameters(self.trainer.strategy):
+                self._start()
         self._progress.clock = (self._progress.step, time.perf_counter())
+
+    def _start(self) -> None:
+        """V from the gradients of the first samples."""
+        for restart, anchor in enumerate(self._anchors):
+            random = self._generator("k-lines", restart)
+            start_from_gradients(self.subnetworks, restart, anchor.prepared, random, gram=anchor.gram)
+            if self.scale_start:
+                scale_readers(self.subnetworks, restart, anchor.prepared, self.current_k())
+        self._replicas.broadcast_(*self.subnetworks.tensors())
 
     def _estimate_steps(self) -> int:
         self.trainer.fit_loop.setup_data()
@@ -424,11 +437,10 @@ class L3D(L.LightningModule):
 
     def _forget(self, index: int) -> None:
         """A new subnetwork starts with no optimizer state and no record of silence."""
-        optimizer, own = self.optimizers(use_pl_optimizer=False), self.subnetworks.own
-        for parameter in self.subnetworks.parameters():
-            for value in optimizer.state.get(parameter, {}).values():  # type: ignore[union-attr]
-                if isinstance(value, Tensor) and value.shape == parameter.shape and own.start <= index < own.stop:
-                    local(value)[index - own.start] = 0
+        own = self.subnetworks.own
+        if own.start <= index < own.stop:
+            for parameter in self.subnetworks.parameters():
+                zero_optimizer_state(self.trainer.strategy, parameter, index - own.start)
         self.silent_samples.view(-1)[index] = 0
 
     # -- optimizer --------------------------------------------------------------------------------------------------

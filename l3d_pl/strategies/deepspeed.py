@@ -1,0 +1,258 @@
+"""Strategies `deepspeed_stage_1`, `_2`, `_3`: DeepSpeed's ZeRO shards the optimizer, the gradients, and V itself.
+
+Each rank has samples of its own, as under `ddp`, and makes the step of one process with all of them. What is shared
+out over N ranks, with 4 bytes for each of the P values of V_in and V_out:
+
+    stage  V     gradients  master copy of V  AdamW's moments
+    1      4P    4P         4P / N            8P / N
+    2      4P    4P / N     4P / N            8P / N
+    3      4P/N  4P / N     4P / N            8P / N
+
+That is between steps. A step contracts all of V at once, so within it stage 3 holds V whole too, and every stage the
+gradients, until they are reduced. DeepSpeed steps on the master copy, in flat pieces that end anywhere within a
+tensor (`Fragment`); the V that the method reads, normalises and repairs is another copy. `writable_parameters` carries
+what is written to V over to the pieces; without it the next step would undo it.
+
+It runs on CUDA, and on CPU with gloo. V is float32, as DeepSpeed's master copy is.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from l3d_pl.errors import L3DError
+
+
+class Fragment(NamedTuple):
+    """What this rank owns of one parameter: of its values in a row those from `start` on, `n` of them.
+
+    Attributes:
+        shape: of the whole parameter.
+        place: where these values lie in the rank's flat master copy, and in AdamW's moments.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    shape: torch.Size
+    start: int
+    n: int
+    place: slice
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """DeepSpeed's ZeRO for `L3D`, on CPU and CUDA.
+
+    Args:
+        stage: 1 shards the optimizer's state, 2 gradients too, 3 parameters too.
+        offload_optimizer: keep master copy, gradients and moments in the host's memory, and step there.
+        offload_parameters: keep the sharded parameters there too (stage 3).
+
+    Raises:
+        L3DError: DeepSpeed is not installed; a precision other than 32-true; clipping by value.
+    """
+
+    def __init__(self, stage: int = 2, offload_optimizer: bool = False, offload_parameters: bool = False) -> None:
+        if find_spec("deepspeed") is None:
+            raise L3DError(
+                "trainer.strategy: deepspeed is not installed; it comes with: pip install 'l3d_pl[deepspeed]'"
+            )
+        if stage not in (1, 2, 3):
+            raise L3DError(f"trainer.strategy: found stage {stage} of deepspeed, allowed are 1, 2, 3")
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
+            logging_batch_size_per_gpu=1,  # for its log of throughput only
+        )
+        assert isinstance(self.config, dict)
+        self.stage = stage
+        # Parameters below a threshold would stay whole on every rank.
+        self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        self.config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW: DeepSpeed's own would be compiled first
+
+    # -- processes --------------------------------------------------------------------------------------------------
+
+    def _configure_launcher(self) -> None:
+        """Lightning calls this when everything about the trainer is known, before other processes are started."""
+        if self.precision_plugin.precision != "32-true":
+            raise L3DError(
+                f"trainer.precision: found {self.precision_plugin.precision}; allowed under deepspeed is 32-true "
+                "(model.autocast: bf16 runs the frozen model in half precision, under every strategy)"
+            )
+        super()._configure_launcher()
+
+    def setup_environment(self) -> None:
+        super(DeepSpeedStrategy, self).setup_environment()  # the parent's own is content with CUDA only
+
+    def setup_distributed(self) -> None:
+        if self.root_device.type == "cuda":
+            super().setup_distributed()
+            return
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator, set_accelerator
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        if get_accelerator().device_name() != "cpu":
+            set_accelerator(CPU_Accelerator())
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    # -- set-up -----------------------------------------------------------------------------------------------------
+
+    def init_deepspeed(self) -> None:
+        """DeepSpeed's engine, where there is something to train; otherwise V is whole on every rank."""
+        assert isinstance(self.model, L.LightningModule)
+        trainer = self.model.trainer
+        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
+            raise L3DError("trainer.gradient_clip_algorithm: found value; allowed under deepspeed is norm")
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.model_to_device()
+            return
+        assert isinstance(self.config, dict)
+        # Lightning accumulates, and says so in `block_backward_sync`: DeepSpeed would leave out an epoch's last step.
+        self.config["gradient_accumulation_steps"] = 1
+        values = sum(parameter.numel() for parameter in self.model.parameters())
+        for buffer in ("reduce_bucket_size", "allgather_bucket_size"):  # allocated, however little is to be sent
+            self.config["zero_optimization"][buffer] = min(self.config["zero_optimization"][buffer], values)
+        self._initialize_deepspeed_train(self.model)
+
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
+    ) -> tuple[Any, Optimizer]:
+        import deepspeed
+
+        engine, zero_optimizer, _, _ = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=self.root_device.index or 0),  # a CPU has no index
+            config=self.config,
+            model=model,
+            model_parameters=list(model.parameters()),
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            dist_init_required=False,
+        )
+        return engine, zero_optimizer
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """V is made whole, and sharded by `init_deepspeed`; DeepSpeed's own context would shard what is frozen too."""
+        yield
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        return False
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Around each batch whose gradients only accumulate."""
+        self.deepspeed_engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self.deepspeed_engine.set_gradient_accumulation_boundary(True)
+
+    @contextmanager
+    def writable_parameters(self) -> Iterator[None]:
+        """Within it every parameter is whole on every rank; what all ranks have written to it then is what counts."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(self._parameters(), enabled=self.stage == 3):
+            yield
+            with torch.no_grad():
+                for fragment in self.fragments():
+                    own = fragment.parameter.view(-1)[fragment.start : fragment.start + fragment.n]
+                    self._master[fragment.place].copy_(own)
+                    if self.stage == 3:
+                        fragment.parameter.ds_tensor[: fragment.n].copy_(own)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def zero_optimizer_state(self, parameter: Tensor, index: int) -> None:
+        """Zero AdamW's moments of row `index` of a parameter."""
+        for fragment in self.fragments():
+            if fragment.parameter is parameter:
+                row = fragment.shape[1:].numel()
+                first = max(0, index * row - fragment.start)
+                last = min(fragment.n, (index + 1) * row - fragment.start)
+                for moment in self._moments().values():
+                    moment[fragment.place][first : max(first, last)] = 0
+
+    def on_train_end(self) -> None:
+        """V is whole on every rank from here on, to be validated and exported."""
+        super().on_train_end()
+        if self.stage == 3:
+            parameters = self._parameters()
+            parameters[0].all_gather(param_list=parameters)  # type: ignore[attr-defined]
+
+    # -- pieces -----------------------------------------------------------------------------------------------------
+
+    def _parameters(self) -> list[nn.Parameter]:
+        assert self.lightning_module is not None
+        return list(self.lightning_module.parameters())
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's optimizer, which holds the pieces, around torch's."""
+        return self.deepspeed_engine.optimizer
+
+    @property
+    def _master(self) -> Tensor:
+        """This rank's piece of the master copy: everything that it steps on, in a row."""
+        groups = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
+        (master,) = getattr(self._zero, groups)  # one group: V has one learning rate
+        return master
+
+    def _moments(self) -> dict[str, Tensor]:
+        """AdamW's state of the master copy, laid out like it; nothing before the first step."""
+        state = self._zero.optimizer.state.get(self._master, {})
+        return {name: value for name, value in state.items() if value.shape == self._master.shape}
+
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank owns, parameter by parameter."""
+        assert self.lightning_module is not None
+        for name, parameter in self.lightning_module.named_parameters():
+            if self.stage == 3:  # every parameter in N equal parts, the last one padded
+                _, offset, part = self._zero.grad_position[self._zero.get_param_id(parameter)]
+                shape, start = parameter.ds_shape, self.global_rank * part  # type: ignore[attr-defined]
+                n = max(0, min(part, shape.numel() - start))
+            else:  # all parameters in a row, cut into N equal parts
+                shape, mapping = parameter.shape, parameter._hp_mapping  # type: ignore[attr-defined]
+                if mapping is None:
+                    continue
+                start, n = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+                offset = mapping.hp_fragment_address.start
+            if n:
+                yield Fragment(name, parameter, shape, start, n, slice(offset, offset + n))
+
+
+def register() -> None:
+    """Under Lightning's names for DeepSpeed, ours: Lightning's own would undo unit norms at every step."""
+    for stage in (1, 2, 3):
+        description = f"DeepSpeed with ZeRO stage {stage}"
+        StrategyRegistry.register(f"deepspeed_stage_{stage}", ZeroStrategy, description, override=True, stage=stage)
+    StrategyRegistry.register("deepspeed", ZeroStrategy, "DeepSpeed with ZeRO stage 2", override=True)
+    for stage in (2, 3):
+        StrategyRegistry.register(
+            f"deepspeed_stage_{stage}_offload",
+            ZeroStrategy,
+            f"DeepSpeed with ZeRO stage {stage}, in the host's memory",
+            override=True,
+            stage=stage,
+            offload_optimizer=True,
+            offload_parameters=stage == 3,
+        )
+    StrategyRegistry.pop("deepspeed_stage_3_offload_nvme", None)
