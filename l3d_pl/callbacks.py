@@ -1,10 +1,9 @@
-"""What surrounds the training loop: checkpoints that survive anything, exact resume, stop on a signal, the export."""
+"""What surrounds the training loop: when checkpoints are written, exact resume, stop on a signal, the export."""
 
 import csv
 import os
 import random
 import signal
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -13,73 +12,16 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_warn
 
+from l3d_pl.checkpoints import make_older, newest_and_previous
 from l3d_pl.errors import L3DError
 from l3d_pl.parallel import Ranks
 
 
 class Stopped(Exception):
     """A run ended early, on request, with everything saved."""
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints are written aside, flushed to the disk and renamed; they are read without unpickling code.
-
-    The one that is replaced stays beside the new one, as `last.ckpt.previous`; it is read where the new one is damaged.
-    """
-
-    def __init__(self) -> None:
-        self._damaged: set[Path] = set()
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}.writing")
-        try:
-            with open(aside, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:  # a full disk: the checkpoint before this one is still whole
-            aside.unlink(missing_ok=True)
-            raise L3DError(
-                f"checkpoint: {target} cannot be written ({error.strerror}); the one before it is kept"
-            ) from error
-        if target.is_file() and target not in self._damaged:
-            os.replace(target, previous_of(target))
-        os.replace(aside, target)
-        self._damaged.discard(target)
-
-    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        try:
-            return self._load(path, map_location)
-        except L3DError as error:
-            if not previous_of(path).is_file():
-                raise
-            self._damaged.add(Path(path))
-            rank_zero_warn(f"{error}; going on from the one before it, {previous_of(path)}")
-            return self._load(previous_of(path), map_location)
-
-    def _load(self, path: Any, map_location: Any) -> dict[str, Any]:
-        if not Path(path).is_file():
-            raise L3DError(f"checkpoint: there is no file {path}")
-        try:
-            with zipfile.ZipFile(path) as archive:  # torch writes checksums, and reads past them
-                if broken := archive.testzip():
-                    raise ValueError(f"checksum of {broken}")
-            return torch.load(path, map_location=map_location, weights_only=True)
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise L3DError(f"checkpoint: {path} is damaged or no checkpoint ({reason})") from error
-
-
-def previous_of(path: Any) -> Path:
-    """Where `AtomicCheckpointIO` keeps the checkpoint that the one at `path` has replaced."""
-    return Path(f"{path}.previous")
 
 
 def can_resume_here(trainer: L.Trainer) -> bool:
@@ -101,11 +43,14 @@ class Checkpoints(ModelCheckpoint):
 
     Args:
         every_n_train_steps: steps between checkpoints.
+        keep: how many earlier ones stay beside the newest: `last.ckpt.previous`, `last.ckpt.previous.2`, ...
     """
 
-    def __init__(self, every_n_train_steps: int = 500):
-        if every_n_train_steps < 1:
-            raise L3DError(f"every_n_train_steps: found {every_n_train_steps}; at least 1 is needed")
+    def __init__(self, every_n_train_steps: int = 500, keep: int = 1):
+        for key, value in (("every_n_train_steps", every_n_train_steps), ("keep", keep)):
+            if value < 1:
+                raise L3DError(f"{key}: found {value}; at least 1 is needed")
+        self.keep = keep
         super().__init__(
             filename="last",
             every_n_train_steps=every_n_train_steps,
@@ -129,13 +74,14 @@ class Checkpoints(ModelCheckpoint):
 
     def save_now(self, trainer: L.Trainer) -> str:
         """Write the checkpoint at once; returns its path."""
+        if trainer.is_global_zero:
+            make_older(Path(str(self.dirpath), "last.ckpt"), self.keep)
         self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
         return self.best_model_path
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
-        last = Path(trainer.default_root_dir, "checkpoints", "last.ckpt")
-        there = [path for path in (last, previous_of(last)) if path.is_file()]  # killed in between, only the latter is
-        return {str(path) for path in there[:1]}
+        found = newest_and_previous(Path(trainer.default_root_dir, "checkpoints", "last.ckpt"))
+        return {str(path) for path in found[:1]}  # killed in between, only the one before is there
 
 
 class RandomState(Callback):

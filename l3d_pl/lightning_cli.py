@@ -20,7 +20,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, instantiate_class
 
 from l3d_pl.callbacks import (
-    AtomicCheckpointIO,
     Checkpoints,
     ContinueLogs,
     ExportDecomposition,
@@ -29,6 +28,7 @@ from l3d_pl.callbacks import (
     StopOnSignal,
     Stopped,
 )
+from l3d_pl.checkpoints import AtomicCheckpointIO
 from l3d_pl.errors import L3DError, did_you_mean
 from l3d_pl.lightning_module import L3D
 

@@ -19,7 +19,6 @@ import torch
 from datamodules.toy import ToyData
 from l3d_pl import L3D, L3DError
 from l3d_pl.callbacks import (
-    AtomicCheckpointIO,
     Checkpoints,
     ContinueLogs,
     ExportDecomposition,
@@ -28,6 +27,7 @@ from l3d_pl.callbacks import (
     StopOnSignal,
     Stopped,
 )
+from l3d_pl.checkpoints import AtomicCheckpointIO
 from l3d_pl.cli import main
 from l3d_pl.targets.toy import TiedAutoencoder
 from l3d_pl.targets.training import save_target

@@ -14,7 +14,8 @@ import torch
 
 from datamodules.toy import ToyData
 from l3d_pl import L3D, L3DError
-from l3d_pl.callbacks import AtomicCheckpointIO, Checkpoints, ExportDecomposition, RandomState, StopOnSignal, Stopped
+from l3d_pl.callbacks import Checkpoints, ExportDecomposition, RandomState, StopOnSignal, Stopped
+from l3d_pl.checkpoints import AtomicCheckpointIO
 from l3d_pl.targets.toy import TiedAutoencoder
 
 SETTINGS = {
