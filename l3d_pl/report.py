@@ -16,22 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from l3d_pl.analysis.alignment import ToyScore, number, score_toy
+from l3d_pl.analysis.runs import load_run
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.errors import L3DError
 
 TOY_TASKS = ("tms", "tmcs", "high_rank", "squared")
-
-
-def load_run(run_dir: Path) -> Decomposition:
-    """The decomposition of a finished run, from its directory or from its `decomposition/` folder.
-
-    Raises:
-        L3DError: there is no such folder, or none in it.
-    """
-    for folder in (run_dir / "decomposition", run_dir):
-        if (folder / "config.json").is_file():
-            return Decomposition.from_pretrained(str(folder))
-    raise L3DError(f"run: {run_dir} holds no decomposition/config.json; it is written when `l3d fit` ends")
 
 
 def toy_of(decomposition: Decomposition) -> tuple[str, dict[str, Any]] | None:
