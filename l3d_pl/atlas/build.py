@@ -1,0 +1,155 @@
+"""`l3d atlas RUN`: one folder of static files that show a finished run, opened from disk or served by anything."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.progress import track
+from torch import Tensor
+
+from l3d_pl.analysis.tables import MANIFEST, read_manifest
+from l3d_pl.atlas.overview import overview
+from l3d_pl.atlas.panels import panels
+from l3d_pl.atlas.pictures import Picture, draw_run
+from l3d_pl.errors import L3DError
+from l3d_pl.report import load_run, target_tensors, toy_of, try_score
+
+STATIC = Path(__file__).parent / "static"
+MARK = "l3d_pl atlas"  # in the page's head: how a folder is known to be an atlas, and may be written over
+
+
+class Atlas(NamedTuple):
+    """A written atlas: its page, and what its files take on disk."""
+
+    page: Path
+    files: int
+    size: int  # bytes
+
+
+def write_atlas(run_dir: Path, output: Path | None = None, progress: bool = True) -> Atlas:
+    """Write the atlas of a finished run to `output` (default `run_dir/atlas`); an older atlas there is replaced.
+
+    What the analysis's tables in `run_dir/analysis` hold is shown; without them, what the decomposition itself tells.
+    Files are written beside and then put in place. Memory grows with the subnetworks themselves and with one block of
+    them in the tables, not with the tables.
+
+    Raises:
+        L3DError: no finished run, a damaged table, tables of another run, or `output` is a folder of something else.
+    """
+    if output is None:
+        output = run_dir / "atlas"
+    else:
+        _require_ours(output)
+    decomposition = load_run(run_dir)
+    analysis = run_dir / "analysis" if (run_dir / "analysis" / MANIFEST).is_file() else None
+    manifest = None if analysis is None else read_manifest(analysis)
+    if manifest is not None:
+        _require_same(manifest, decomposition.target_fingerprint, decomposition.n_subnetworks, run_dir)
+
+    aside = output.with_name(f".{output.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        (aside / "data").mkdir(parents=True)
+        toy = toy_of(decomposition)
+        score, unscored = try_score(run_dir) if toy else (None, "")
+        try:
+            target, _ = target_tensors(decomposition) if toy else ({}, {})
+        except L3DError:
+            target = {}  # `unscored` says so
+        shares = norm_shares(decomposition.subnetworks.v_out.tuckers())
+        drawn: list[Picture | str] = []
+        if toy:
+            drawn = draw_run(
+                aside / "pictures",
+                v_out=decomposition.directions(),
+                target=target,
+                p_act=decomposition.p_act,
+                metrics=run_dir / "metrics.csv",
+                circuits=score.circuits() if score else None,
+                k=decomposition.k,
+                group_size=toy[1].get("group_size") or 1,
+            )
+        pages: Iterator[dict[str, Any]] = panels(decomposition, analysis, shares, target)
+        for panel in track(pages, "atlas", decomposition.n_subnetworks, disable=not progress, transient=True):
+            write_data(aside / "data" / f"sub_{panel['k']:05d}.js", f"subnetwork/{panel['k']}", panel)
+        for file in STATIC.iterdir():
+            shutil.copyfile(file, aside / file.name)
+        content = overview(run_dir, decomposition, analysis, manifest, shares, target, score, unscored, drawn)
+        (aside / "index.html").write_text(_page(content["title"]), encoding="utf-8")
+        files, size = _measure(aside)
+        content["size"] = {"files": files + 1, "bytes": size + len(_script("overview", content))}
+        write_data(aside / "data" / "overview.js", "overview", content)
+        shutil.rmtree(output, ignore_errors=True)
+        aside.replace(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return Atlas(output / "index.html", *_measure(output))
+
+
+def norm_shares(tuckers: Mapping[str, Any]) -> Tensor:
+    """Share of each subnetwork's squared norm in each tensor, [n_v, tensors], without dense tensors."""
+    energy = torch.stack([tucker.squared_norms().detach().double().cpu() for tucker in tuckers.values()], 1)
+    return energy / energy.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def write_data(path: Path, name: str, content: Any) -> None:
+    """Write a data file: a script that hands `content` to the page under `name`, which works from disk, too."""
+    path.write_text(_script(name, content), encoding="ascii")
+
+
+def _script(name: str, content: Any) -> str:
+    """ASCII without `<`, `>`, `&`: nothing in it can end a script or a line, wherever it is put."""
+    text = json.dumps(_finite(content), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return f'atlasData("{name}",{text});\n'
+
+
+def _finite(content: Any) -> Any:
+    """`content` with six digits and None for what is not finite."""
+    if isinstance(content, float):
+        return float(f"{content:.6g}") if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content
+
+
+def _page(title: str) -> str:
+    # Always on: `select_autoescape` would go by the name and leave "index.html.j2" unescaped.
+    environment = Environment(loader=PackageLoader("l3d_pl.atlas"), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template("index.html.j2").render(title=title, mark=MARK)
+
+
+def _measure(folder: Path) -> tuple[int, int]:
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return len(sizes), sum(sizes)
+
+
+def _require_ours(output: Path) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    page = output / "index.html"
+    try:
+        ours = page.is_file() and MARK in page.read_text(encoding="utf-8", errors="replace")[:2000]
+    except OSError:
+        ours = False
+    if not ours:
+        raise L3DError(f"output: {output} is there and is no atlas; allowed is a new, an empty or an atlas's folder")
+
+
+def _require_same(manifest: Mapping[str, Any], fingerprint: str | None, n_v: int, run_dir: Path) -> None:
+    for key, here in (("fingerprint", fingerprint), ("n_subnetworks", n_v)):
+        if key in manifest and manifest[key] != here:
+            raise L3DError(
+                f"analysis: {run_dir / 'analysis'} is of another run: its {key} is {str(manifest[key])[:12]}, "
+                f"the decomposition's {str(here)[:12]}; `l3d analyze {run_dir}` makes it again"
+            )
