@@ -458,7 +458,7 @@ def load_sharded(path: Path, module: nn.Module, optimizers: Iterable[Optimizer] 
 
     def fill() -> dict[str, Any]:
         stored = Stored(path)
-        _fill_module(stored, module)
+        fill_module(stored, module)
         states = stored.content.get("optimizer_states", [])
         for index, (optimizer, state) in enumerate(zip(optimizers, states, strict=False)):
             _fill_optimizer(stored, optimizer, state, f"optimizer_states.{index}")
@@ -467,7 +467,8 @@ def load_sharded(path: Path, module: nn.Module, optimizers: Iterable[Optimizer] 
     return together(ranks, fill)
 
 
-def _fill_module(stored: Stored, module: nn.Module) -> None:
+def fill_module(stored: Stored, module: nn.Module) -> None:
+    """Overwrite a module's tensors, each rank its own rows, by those of a checkpoint that has the same ones."""
     own, saved = module.state_dict(), stored.content.get("state_dict", {})
     for name in (*saved, *own):
         found, expected = (list(tensors[name].shape) if name in tensors else "missing" for tensors in (saved, own))
