@@ -1,0 +1,251 @@
+"""f(x, W0 + sum_k delta_k v_k): what moves, for which samples, against what a direction without meaning would do.
+
+The change of a sample is the summed |change| of its outputs. *Selectivity* is the mean change of the relevant samples,
+a subnetwork's top ones, over that of the irrelevant: random samples in which it is inactive. Controls take the same
+steps along a random unit direction (of the same ranks, and as long in each tensor) and along the mean gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from l3d_pl.analysis.items import input_of, labels_of
+from l3d_pl.analysis.outputs import Direction, outputs_of, probabilities, pushed
+from l3d_pl.decomposition import Decomposition
+from l3d_pl.errors import L3DError
+from l3d_pl.gradients.sample_gradient import wide
+from l3d_pl.gradients.samples import choose_samples
+from l3d_pl.subnetworks import Subnetworks
+from l3d_pl.targets.frozen import select_parameters
+
+GRID = (-1.0, -0.5, -0.2, -0.05, 0.0, 0.05, 0.2, 0.5, 1.0)  # of a run's own scale
+
+
+@dataclass
+class Sweep:
+    """Outputs of the same samples along a direction.
+
+    Attributes:
+        deltas: D steps.
+        outputs: to read (see `probabilities`), [D, N, n_outputs].
+        divergences: D(output there, output at 0) of each sample, [D, N].
+        against: D(output there, reference), [D, N], where references were given.
+        losses: the task's loss of each entry, [D, B]; None without labels.
+        origin: outputs at delta = 0, [N, n_outputs]; `origin_losses` [B]; `origin_against` [N].
+    """
+
+    deltas: list[float]
+    outputs: Tensor
+    divergences: Tensor
+    against: Tensor | None
+    losses: Tensor | None
+    origin: Tensor
+    origin_losses: Tensor | None
+    origin_against: Tensor | None
+
+    def changes(self) -> Tensor:
+        """Summed |change| of each sample's outputs, [D, N]."""
+        return (self.outputs - self.origin).abs().sum(2)
+
+
+def direction_of(
+    decomposition: Decomposition, deltas: Mapping[int, float], parameters: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """sum_k delta_k v_k, {name: [*shape]}; with `parameters` (globs) of these tensors only.
+
+    Raises:
+        L3DError: no such subnetwork, a pattern that matches none of the decomposed tensors.
+    """
+    names = list(decomposition.subnetworks.shapes)
+    if parameters is not None:
+        tensors = dict(decomposition.target.named_parameters())
+        chosen = select_parameters(_Named({name: tensors[name] for name in names}), parameters)
+        names = list(chosen)
+    total: dict[str, Tensor] = {}
+    for k, delta in deltas.items():
+        v = decomposition.direction(k)
+        total = {name: delta * v[name] + total.get(name, 0) for name in names}
+    return total
+
+
+class _Named:
+    """Some of a model's parameters, for `select_parameters` to choose from."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._tensors = tensors
+
+    def named_parameters(self) -> list[tuple[str, Tensor]]:
+        return list(self._tensors.items())
+
+
+@torch.no_grad()
+def sweep(
+    decomposition: Decomposition,
+    batch: Any,
+    steps: Sequence[tuple[float, Direction]],
+    references: Tensor | None = None,
+) -> Sweep:
+    """The target's outputs at W0 and at each step away from it.
+
+    Args:
+        batch: its samples are those that `choose_samples` says.
+        steps: (delta, direction): W0 + delta direction.
+        references: y of every sample, for the divergence along the way.
+    """
+    target, divergence = decomposition.target, decomposition.divergence
+    output = outputs_of(target, batch)
+    samples = choose_samples(decomposition.sample, batch, output, None, None)
+    original = samples.outputs(wide(output))
+
+    def look(output: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        own = samples.outputs(wide(output))
+        away = divergence(*samples.comparable(own, original))
+        against = None if references is None else divergence(*samples.comparable(own, references.expand_as(own)))
+        return probabilities(divergence, output, samples), away, against, task_loss(batch, output)
+
+    found = []
+    for delta, direction in steps:
+        with pushed(target, direction, delta):
+            found.append(look(outputs_of(target, batch)))
+    outputs, away, against, losses = (
+        None if values[0] is None else torch.stack(values)  # type: ignore[arg-type]
+        for values in zip(*found, strict=True)
+    )
+    origin, _, origin_against, origin_losses = look(output)
+    assert outputs is not None
+    assert away is not None
+    return Sweep([delta for delta, _ in steps], outputs, away, against, losses, origin, origin_losses, origin_against)
+
+
+def task_loss(batch: Any, output: Tensor) -> Tensor | None:
+    """The loss of the task the target was trained for, of each entry [B]; None where the batch does not tell.
+
+    Next tokens for sequences of logits, classes for whole-number labels, squared error for labels like the outputs.
+    """
+    ids, labels, output = input_of(batch), labels_of(batch), wide(output)
+    if not ids.is_floating_point() and output.ndim == 3 and output.shape[:2] == ids.shape and ids.shape[1] > 1:
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        counts = (torch.ones_like(ids) if mask is None else mask)[:, 1:].to(output.dtype)
+        losses = cross_entropy(output[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        return (losses.view_as(counts) * counts).sum(1) / counts.sum(1).clamp_min(1)
+    if labels is None:
+        return None
+    if not labels.is_floating_point() and labels.ndim == 1 and output.ndim == 2:
+        return cross_entropy(output, labels, reduction="none")
+    if labels.is_floating_point() and labels.shape == output.shape:
+        return (output - labels).square().flatten(1).mean(1)
+    return None
+
+
+def curve_rows(found: Sweep, relevant: Tensor, irrelevant: Tensor, background: Tensor) -> list[dict[str, Any]]:
+    """Rows of the table `curves`, without subnetwork and control.
+
+    Args:
+        relevant, irrelevant: samples of the sweep, [M] of whole numbers; the latter are those without activity.
+        background: entries over which the change of the task's loss is taken.
+    """
+    changes, rows = found.changes(), []
+    for d, delta in enumerate(found.deltas):
+        near, far = (_mean(changes[d], index) for index in (relevant, irrelevant))
+        loss = None
+        if found.losses is not None and found.origin_losses is not None:
+            loss = _mean(found.losses[d] - found.origin_losses, background)
+        rows.append(
+            {
+                "delta": delta,
+                "relevant": near,
+                "irrelevant": far,
+                "selectivity": near / far if far > 0 else math.nan,
+                "kl_inactive": _mean(found.divergences[d], irrelevant),
+                "loss_change": loss,
+            }
+        )
+    return rows
+
+
+def _mean(values: Tensor, index: Tensor) -> float:
+    return float(values[index.to(values.device)].double().mean()) if len(index) else math.nan
+
+
+def mean_rows(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The mean of several curves (of random directions), number by number; selectivity is that of the means."""
+    result = []
+    for rows in zip(*runs, strict=True):
+        mean: dict[str, Any] = {
+            key: None if rows[0][key] is None else sum(row[key] for row in rows) / len(rows) for key in rows[0]
+        }
+        mean["selectivity"] = mean["relevant"] / mean["irrelevant"] if mean["irrelevant"] else math.nan
+        result.append(mean)
+    return result
+
+
+def effect_rows(
+    found: Sweep, chosen: Sequence[tuple[int, int, int]], names: Sequence[str], top: int = 8
+) -> list[dict[str, Any]]:
+    """Rows of the table `effects`, without subnetwork: the outputs that move most, at each delta.
+
+    Args:
+        chosen: (place in the sweep, sample, position) of each sample to show.
+    """
+    rows = []
+    for place, sample, position in chosen:
+        outputs = found.outputs[:, place]
+        reach = (outputs - found.origin[place]).abs().amax(0)
+        most = reach.topk(min(top, len(reach))).indices.tolist()
+        for d, delta in enumerate(found.deltas):
+            rows += [
+                {
+                    "delta": delta,
+                    "sample": sample,
+                    "position": position,
+                    "output": output,
+                    "name": names[output],
+                    "value": float(outputs[d, output]),
+                }
+                for output in most
+            ]
+    return rows
+
+
+@torch.no_grad()
+def random_directions(decomposition: Decomposition, k: int, n: int, seed: int) -> list[dict[str, Tensor]]:
+    """Random unit directions of the ranks of subnetwork k, and in each tensor as long as it, n of {name: [*shape]}."""
+    subnetworks, own = decomposition.subnetworks, decomposition.direction(k)
+    random = torch.Generator().manual_seed(seed * 1_000_003 + k)
+    ranks = {name: list(ranks) or 1 for name, ranks in subnetworks.ranks.items()}
+    drawn = Subnetworks(subnetworks.shapes, n, ranks, generator=random)
+    result = []
+    for r in range(n):
+        direction = {name: value.to(own[name]) for name, value in drawn.direction(r).items()}
+        result.append(
+            {
+                name: value * (own[name].norm() / value.norm().clamp_min(torch.finfo(value.dtype).tiny))
+                for name, value in direction.items()
+            }
+        )
+    return result
+
+
+def scale_of(derivative_sizes: Sequence[float], output_size: float) -> float:
+    """A step delta that is worth looking at: it would, linearly, move the most affected output by `output_size`.
+
+    The median over subnetworks, rounded to one digit.
+
+    Args:
+        derivative_sizes: of each subnetwork, the mean over its top samples of max_j |d output_j / d delta|.
+        output_size: 1 for probabilities, the outputs' spread for values.
+
+    Raises:
+        L3DError: no subnetwork moves any output.
+    """
+    sizes = sorted(size for size in derivative_sizes if size > 0 and math.isfinite(size))
+    if not sizes:
+        raise L3DError("interventions: no subnetwork moves any output of its own top samples")
+    return float(f"{output_size / sizes[len(sizes) // 2]:.0e}")
