@@ -19,9 +19,11 @@ It runs on CUDA, and on CPU with gloo. V is float32, as DeepSpeed's master copy 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -30,9 +32,13 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
+from l3d_pl.checkpoints import Stored, fill_module, load_sharded, newest_whole, save_sharded, together
 from l3d_pl.errors import L3DError
+from l3d_pl.parallel import Ranks
 
 
 class Fragment(NamedTuple):
@@ -128,7 +134,13 @@ class ZeroStrategy(DeepSpeedStrategy):
         values = sum(parameter.numel() for parameter in self.model.parameters())
         for buffer in ("reduce_bucket_size", "allgather_bucket_size"):  # allocated, however little is to be sent
             self.config["zero_optimization"][buffer] = min(self.config["zero_optimization"][buffer], values)
-        self._initialize_deepspeed_train(self.model)
+        module = self.model
+        self._initialize_deepspeed_train(module)
+        if self.stage == 3:
+            import deepspeed
+
+            for parameter in self._parameters():  # read by the step itself, not by a submodule's forward
+                deepspeed.zero.register_external_parameter(module, parameter)
 
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
@@ -198,6 +210,78 @@ class ZeroStrategy(DeepSpeedStrategy):
             parameters = self._parameters()
             parameters[0].all_gather(param_list=parameters)  # type: ignore[attr-defined]
 
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+    # Not DeepSpeed's own: those are pickles that only DeepSpeed reads, on as many ranks as wrote them. These are the
+    # checkpoints of every sharded strategy, so that each resumes the others', on any number of ranks.
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Buffers, and V in rows: each rank has some of every parameter."""
+        assert self.lightning_module is not None
+        if self.model is self.lightning_module:  # nothing is sharded
+            return self.lightning_module.state_dict()
+        return self.lightning_module.state_dict() | self._in_rows(self._master)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """As `torch.optim.AdamW.state_dict`, with moments in rows."""
+        moments = {key: list(self._in_rows(value).values()) for key, value in self._moments().items()}
+        rest = {key: value for key, value in self._state().items() if key not in moments}
+        (group,), n = self._zero.param_groups, len(self._parameters())
+        state = {i: rest | {key: value[i] for key, value in moments.items()} for i in range(n)} if moments else {}
+        return {"state": state, "param_groups": [group | {"params": list(range(n))}]}
+
+    def _in_rows(self, flat: Tensor) -> dict[str, DTensor]:
+        """{parameter's name: tensor} of the pieces that all ranks have, shared out by rows."""
+        ranks, own = Ranks.of_run(), {fragment.name: fragment for fragment in self.fragments()}
+        mesh, found = init_device_mesh(self.root_device.type, (self.world_size,)), {}
+        for name, shape in self._shapes().items():
+            whole = torch.zeros(shape.numel(), dtype=flat.dtype, device=self.root_device)
+            if name in own:
+                whole[own[name].start : own[name].start + own[name].n] = flat.detach()[own[name].place]
+            whole = ranks.sum(whole.view(torch.int32)).view(flat.dtype).view(shape)  # as integers: to the bit
+            step = math.ceil(shape[0] / self.world_size)  # rows of a rank, as torch.chunk counts them
+            rows = whole[self.global_rank * step : (self.global_rank + 1) * step].clone()
+            found[name] = DTensor.from_local(rows, mesh, [Shard(0)], shape=shape, stride=whole.stride())
+        return found
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        save_sharded(checkpoint, Path(self.broadcast(filepath)))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        if self.model is self.lightning_module:
+            return load_sharded(Path(checkpoint_path), self.lightning_module)
+        ranks = Ranks.of_run()
+        path = newest_whole(Path(checkpoint_path), ranks)
+        with self.writable_parameters():
+            content = together(ranks, lambda: self._fill(Stored(path)))
+        # V is in place, and cannot be compared with this run's where that is sharded.
+        own = self._shapes()
+        content["state_dict"] = {name: value for name, value in content["state_dict"].items() if name not in own}
+        return content
+
+    @torch.no_grad()
+    def _fill(self, stored: Stored) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        fill_module(stored, self.lightning_module)
+        saved = stored.content["optimizer_states"][0]
+        state, index = self._state(), {name: i for i, name in enumerate(self._shapes())}
+        for key, value in saved["state"].get(0, {}).items():
+            if value.ndim == 0:
+                state[key] = stored.rows(f"optimizer_states.0.state.0.{key}", 0, 1).to(self._master.device, copy=True)
+                continue
+            state[key] = torch.zeros_like(self._master)
+            for fragment in self.fragments():
+                row = fragment.shape[1:].numel()
+                first, last = fragment.start // row, math.ceil((fragment.start + fragment.n) / row)
+                rows = stored.rows(f"optimizer_states.0.state.{index[fragment.name]}.{key}", first, last).flatten()
+                state[key][fragment.place] = rows[fragment.start - first * row :][: fragment.n].to(state[key])
+        (group,), (its,) = self._zero.param_groups, saved["param_groups"]
+        group.update({key: value for key, value in its.items() if key != "params"})
+        return stored.content
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """`load_checkpoint` has filled it."""
+
     # -- pieces -----------------------------------------------------------------------------------------------------
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -216,27 +300,36 @@ class ZeroStrategy(DeepSpeedStrategy):
         (master,) = getattr(self._zero, groups)  # one group: V has one learning rate
         return master
 
+    def _state(self) -> dict[str, Tensor]:
+        """AdamW's state of the master copy; empty before the first step."""
+        return self._zero.optimizer.state[self._master]
+
     def _moments(self) -> dict[str, Tensor]:
-        """AdamW's state of the master copy, laid out like it; nothing before the first step."""
-        state = self._zero.optimizer.state.get(self._master, {})
-        return {name: value for name, value in state.items() if value.shape == self._master.shape}
+        """What of it is laid out like the master copy."""
+        return {name: value for name, value in self._state().items() if value.shape == self._master.shape}
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        """{parameter's name: shape}, also where only a part of it is here."""
+        assert self.lightning_module is not None
+        named = self.lightning_module.named_parameters()
+        return {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in named}
 
     def fragments(self) -> Iterator[Fragment]:
         """What this rank owns, parameter by parameter."""
-        assert self.lightning_module is not None
-        for name, parameter in self.lightning_module.named_parameters():
+        shapes = self._shapes()
+        for name, parameter in zip(shapes, self._parameters(), strict=True):
             if self.stage == 3:  # every parameter in N equal parts, the last one padded
                 _, offset, part = self._zero.grad_position[self._zero.get_param_id(parameter)]
-                shape, start = parameter.ds_shape, self.global_rank * part  # type: ignore[attr-defined]
-                n = max(0, min(part, shape.numel() - start))
+                start = self.global_rank * part
+                n = max(0, min(part, shapes[name].numel() - start))
             else:  # all parameters in a row, cut into N equal parts
-                shape, mapping = parameter.shape, parameter._hp_mapping  # type: ignore[attr-defined]
+                mapping = parameter._hp_mapping  # type: ignore[attr-defined]
                 if mapping is None:
                     continue
                 start, n = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
                 offset = mapping.hp_fragment_address.start
             if n:
-                yield Fragment(name, parameter, shape, start, n, slice(offset, offset + n))
+                yield Fragment(name, parameter, shapes[name], start, n, slice(offset, offset + n))
 
 
 def register() -> None:
