@@ -4,8 +4,8 @@ A part of the input is covered, and what the coefficient loses by that is the pa
 units of the coefficient. It needs no second derivative, so that it works through every operation and attention kernel.
 
 - Images: a square window is set to 0 (the mean, where images are normalised), and slid over the image.
-- Text: an earlier token is replaced by tokens of other sequences, several in turn; a token does not stand alone, and one
-  that never occurs there would be a stranger thing than none.
+- Text: an earlier token is replaced by tokens of other sequences, several in turn: no token of a
+  vocabulary stands for nothing.
 - Vectors: an entry is set to 0.
 """
 

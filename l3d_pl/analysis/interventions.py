@@ -19,11 +19,11 @@ from torch.nn.functional import cross_entropy
 from l3d_pl.analysis.items import input_of, labels_of
 from l3d_pl.analysis.outputs import Direction, outputs_of, probabilities, pushed
 from l3d_pl.decomposition import Decomposition
-from l3d_pl.errors import L3DError
+from l3d_pl.errors import L3DError, did_you_mean
 from l3d_pl.gradients.sample_gradient import wide
 from l3d_pl.gradients.samples import choose_samples
 from l3d_pl.subnetworks import Subnetworks
-from l3d_pl.targets.frozen import select_parameters
+from l3d_pl.targets.frozen import matches_pattern
 
 GRID = (-1.0, -0.5, -0.2, -0.05, 0.0, 0.05, 0.2, 0.5, 1.0)  # of a run's own scale
 
@@ -64,25 +64,17 @@ def direction_of(
         L3DError: no such subnetwork, a pattern that matches none of the decomposed tensors.
     """
     names = list(decomposition.subnetworks.shapes)
+    for pattern in parameters or ():
+        if not any(matches_pattern(name, pattern) for name in names):
+            hint = did_you_mean(pattern, names) or f"; allowed are {', '.join(names)}"
+            raise L3DError(f"parameters: pattern {pattern!r} matches none of the decomposed tensors{hint}")
     if parameters is not None:
-        tensors = dict(decomposition.target.named_parameters())
-        chosen = select_parameters(_Named({name: tensors[name] for name in names}), parameters)
-        names = list(chosen)
+        names = [name for name in names if any(matches_pattern(name, pattern) for pattern in parameters)]
     total: dict[str, Tensor] = {}
     for k, delta in deltas.items():
         v = decomposition.direction(k)
         total = {name: delta * v[name] + total.get(name, 0) for name in names}
     return total
-
-
-class _Named:
-    """Some of a model's parameters, for `select_parameters` to choose from."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self._tensors = tensors
-
-    def named_parameters(self) -> list[tuple[str, Tensor]]:
-        return list(self._tensors.items())
 
 
 @torch.no_grad()
@@ -115,8 +107,7 @@ def sweep(
         with pushed(target, direction, delta):
             found.append(look(outputs_of(target, batch)))
     outputs, away, against, losses = (
-        None if values[0] is None else torch.stack(values)  # type: ignore[arg-type]
-        for values in zip(*found, strict=True)
+        None if values[0] is None else torch.stack(values) for values in zip(*found, strict=True)
     )
     origin, _, origin_against, origin_losses = look(output)
     assert outputs is not None

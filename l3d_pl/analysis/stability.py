@@ -35,10 +35,9 @@ def cosines(a: Directions, b: Directions) -> Tensor:
             f"compare: no tensor is decomposed in both with one shape; the one has {first} {list(mine[first].shape)}, "
             f"the other {', '.join(list(its)[:4])}{did_you_mean(first, its)}"
         )
-    gram = sum(mine[name].gram(its[name]) for name in shared)
-    norms = [sum(side[name].squared_norms() for name in shared) for side in (mine, its)]
-    scale = norms[0].unsqueeze(1) * norms[1].unsqueeze(0)  # type: ignore[union-attr]
-    return gram / scale.clamp_min(torch.finfo(torch.float32).tiny).sqrt()  # type: ignore[operator]
+    gram = torch.stack([mine[name].gram(its[name]) for name in shared]).sum(0)
+    squares = [torch.stack([side[name].squared_norms() for name in shared]).sum(0) for side in (mine, its)]
+    return gram / torch.outer(*squares).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
 
 
 def match(cos: Tensor) -> tuple[Tensor, Tensor]:
