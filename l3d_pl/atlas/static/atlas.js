@@ -44,19 +44,20 @@ const Data = (() => {
 })();
 
 (() => {
-  const { el, known, number, percent } = Charts;
+  const { el, known, number, percent, plusMinus } = Charts;
   const main = document.getElementById("main"), message = document.getElementById("message");
   let run = null; // the first page's data
   let names = []; // of tensors, without what all share
   let colours = []; // per tensor
   const view = { sort: "p_act", descending: true, text: "", tensor: "", alive: false, page: 0, order: [], attribution: true, tokens: "coefficient", kind: "top" };
-  const ROWS = 100, PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b3a300"], OTHER = "#8a939c";
+  const ROWS = 50, PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b3a300"], OTHER = "#8a939c";
 
   function say(text) {
     message.textContent = text;
     clearTimeout(say.timer);
     say.timer = setTimeout(() => (message.textContent = ""), 6000);
   }
+  let kept = null; // the first page as it was left: drawn again only where labels have changed
   const data = (text, attributes = {}) => el("span", { ...attributes, class: `data ${attributes.class || ""}` }, text);
   const missing = (text) => el("p", { class: "missing" }, text);
   const link = (k) => `#/subnetwork/${k}`;
@@ -84,7 +85,7 @@ const Data = (() => {
       text = text.trim().slice(0, 500);
       if (text) this.all[k] = text; else delete this.all[k];
     },
-    save() { Store.write(this.key(), JSON.stringify(this.all)); },
+    save() { kept = null; Store.write(this.key(), JSON.stringify(this.all)); },
     exported() {
       const content = { format: "l3d-atlas-labels", version: 1, id: run.id, run: run.title, labels: this.all };
       const address = URL.createObjectURL(new Blob([JSON.stringify(content, null, 2) + "\n"], { type: "application/json" }));
@@ -130,7 +131,7 @@ const Data = (() => {
     { key: "circuit", name: "circuit", column: "circuit", value: (k) => of("circuit", k), natural: true, cell: (k) => el("td", { class: "data" }, of("circuit", k)) },
     { key: "p_act", name: "P_act", title: "share of samples in whose reconstruction it takes part", value: (k) => of("p_act", k), cell: (k) => el("td", { class: "number" }, of("dead", k) ? "dead" : percent(of("p_act", k))) },
     { key: "impact", name: "impact", column: "impact_mean", title: "mean over samples and references of |V_in · ∇D|, ± its standard error", value: (k) => of("impact_mean", k),
-      cell: (k) => el("td", { class: "number" }, number(of("impact_mean", k)), known(of("impact_se", k)) ? el("span", { class: "soft" }, ` ± ${number(of("impact_se", k))}`) : null) },
+      cell: (k) => el("td", { class: "number" }, plusMinus(of("impact_mean", k), of("impact_se", k))) },
     { key: "positive", name: "c > 0", column: "positive_share", title: "share of the active coefficients that are positive", value: (k) => of("positive_share", k), cell: (k) => el("td", { class: "number" }, percent(of("positive_share", k))) },
     { key: "coefficients", name: "coefficients", column: "histograms", unsorted: true, title: "distribution over samples, negative left of the middle; heights are logarithmic", cell: (k) => el("td", {}, spark(k)) },
     { key: "tensor", name: "norm by tensor", title: "share of the squared norm in each tensor; sorted by the largest one's name, then its share", value: (k) => { const [i, share] = of("shares", k)[0] || [0, 0]; return names[i] + String.fromCharCode(1000 - Math.round(share * 900)); }, cell: (k) => el("td", {}, normBar(k)) },
@@ -196,21 +197,26 @@ const Data = (() => {
         el("button", { disabled: view.page === pages - 1, onclick: () => turn(view.page + 1) }, "rows →")) : null);
   }
 
+  let points = []; // of the map, one per entry of run.map
+
   function map() {
     const m = run.map, inside = new Set(view.order);
     if (!m || !m.subnetwork.length) return null;
     const most = Math.max(...m.subnetwork.map((k) => of("p_act", k) || 0), 1e-9);
-    return Charts.scatter({
+    const drawn = Charts.scatter({
       points: m.subnetwork.map((k, i) => ({ x: m.x[i], y: m.y[i], radius: 3 + 7 * Math.sqrt((of("p_act", k) || 0) / most), href: link(k), mark: k, faint: !inside.has(k),
         colour: of("dead", k) ? "#8a939c" : colours[of("shares", k)[0]?.[0] ?? 0],
         title: `subnetwork ${k}${Labels.get(k) ? `: ${Labels.get(k)}` : ""}, P_act ${percent(of("p_act", k))}` })),
       xLabel: "first coordinate (no unit)", yLabel: "second coordinate (no unit)",
       alt: `Map of ${m.subnetwork.length} subnetworks by |cos| between them` });
+    points = [...drawn.querySelectorAll(".point")];
+    return drawn;
   }
 
   function refresh() {
     document.getElementById("table")?.replaceWith(table());
-    document.querySelector("#map svg")?.replaceWith(map());
+    const inside = new Set(view.order);
+    run.map?.subnetwork.forEach((k, i) => points[i]?.classList.toggle("faint", !inside.has(k)));
   }
 
   function filters() {
@@ -264,7 +270,7 @@ const Data = (() => {
       el("div", { class: "tags note" }, colours.map((c, i) => c !== OTHER && el("span", {}, el("span", { class: "swatch", style: { background: c } }), data(names[i]))),
         colours.includes(OTHER) ? el("span", {}, el("span", { class: "swatch", style: { background: OTHER } }), `${colours.filter((c) => c === OTHER).length} other tensors`) : null),
       run.map ? [el("h2", {}, "Map"), el("p", { class: "note" }, "Near each other: similar directions (|cos|). Larger: active on more samples. Colour: the tensor that holds most of the norm; grey: dead. A point opens its subnetwork."),
-        el("figure", { id: "map" }, map())] : null,
+        el("figure", { id: "map", class: "far" }, map())] : null,
       el("h2", {}, "Training"), trainingCurves(),
       run.pictures.length ? [el("h2", {}, "Pictures"), el("div", { class: "pictures columns" }, run.pictures.map((p) => p.words ? missing(p.words) :
         el("figure", {}, el("img", { src: p.file, alt: p.alt, loading: "lazy" }), el("figcaption", {}, p.caption))))] : null,
@@ -309,7 +315,7 @@ const Data = (() => {
     s[way].length ? el("div", {}, el("span", { class: style, title: word }, sign), s[way].slice(0, 5).map(([name, derivative, p]) =>
       el("span", { class: "chip", title: `${word} ${name}: d ${unit()} / dδ = ${number(derivative)}; ${unit()} ${number(p)} at δ = 0` }, visible(name)))) : null));
 
-  const about = (s, item) => [`sample ${s.sample}${s.position >= 0 ? `, position ${s.position}` : ""} · impact ${number(s.impact)}${known(s.impact_se) ? ` ± ${number(s.impact_se)}` : ""} · c ${number(s.coefficient)}${s.active ? "" : " · not active"}`,
+  const about = (s, item) => [`sample ${s.sample}${s.position >= 0 ? `, position ${s.position}` : ""} · impact ${plusMinus(s.impact, s.impact_se)} · c ${number(s.coefficient)}${s.active ? "" : " · not active"}`,
     item?.label ? [" · ", data(item.label)] : null];
 
   function samplesSection(panel) {
@@ -350,16 +356,16 @@ const Data = (() => {
         el("div", { class: "context" }, !item ? null : item.kind === "text" ? tokens({ ...item, tokens: item.tokens.slice(Math.max(0, c.position - item.first - 7), c.position >= 0 ? c.position - item.first + 1 : 12), first: item.first + Math.max(0, c.position - item.first - 7) }, c, "none")
           : item.kind === "image" ? null : Charts.vector(item.values, "Input vector", 190, 34)),
         c.outputs.map(([name, values]) => {
-          const bar = el("i"), text = el("span", { class: "number" }), base = values[zero];
+          const bar = el("i", { class: "value" }), text = el("span", { class: "number" }), base = values[zero];
           bars.push((i) => {
             const v = values[i], from = place(Math.min(0, v)), to = place(Math.max(0, v));
             bar.style.left = `${known(v) ? from : 0}%`;
             bar.style.width = `${known(v) ? Math.max(to - from, 0.4) : 0}%`;
-            bar.className = v < 0 ? "negative" : "";
+            bar.className = v < 0 ? "value negative" : "value";
             text.textContent = number(v);
           });
           return el("div", { class: "meter" }, data(visible(name), { title: name }), el("div", { class: "track" }, bar,
-            known(base) && deltas[zero] === 0 ? el("b", { style: { left: `calc(${place(base)}% - 1px)` }, title: `${number(base)} at δ = 0` }) : null), text);
+            known(base) && deltas[zero] === 0 ? el("i", { class: "base", style: { left: `calc(${place(base)}% - 1px)` }, title: `${number(base)} at δ = 0` }) : null), text);
         }));
     }));
     const slider = el("input", { type: "range", id: "delta", min: 0, max: deltas.length - 1, step: 1, value: zero, "aria-label": "δ, length of the step along v", oninput: () => move(Number(slider.value)) });
@@ -427,7 +433,7 @@ const Data = (() => {
       oninput: (e) => { Labels.put(k, e.target.value); Labels.save(); } });
     const circuit = of("circuit", k);
     const facts = [["P_act", of("dead", k) ? "dead" : `${percent(of("p_act", k))} of samples`],
-      ["Impact", known(of("impact_mean", k)) ? `${number(of("impact_mean", k))} ± ${number(of("impact_se", k))}` : null],
+      ["Impact", known(of("impact_mean", k)) ? plusMinus(of("impact_mean", k), of("impact_se", k)) : null],
       ["Active samples", known(of("active_samples", k)) ? number(of("active_samples", k)) : null],
       ["Positive coefficients", known(of("positive_share", k)) ? percent(of("positive_share", k)) : null],
       ["Ground truth", circuit]].filter(([, v]) => v !== null);
@@ -460,7 +466,7 @@ const Data = (() => {
       document.getElementById("steps").hidden = true;
       document.getElementById("where").textContent = "";
       document.title = `${run.title} · atlas`;
-      fill("overview", overviewPage(), again);
+      fill("overview", (kept ??= [overviewPage()].flat(3).filter(Boolean)), again);
       return;
     }
     let content;

@@ -14,7 +14,7 @@ const Charts = (() => {
       else if (name === "style") for (const [key, v] of Object.entries(value)) node.style.setProperty(key, v);
       else node.setAttribute(name, value === true ? "" : value);
     }
-    for (const child of children.flat()) {
+    for (const child of children.flat(Infinity)) {
       if (child === null || child === undefined || child === false) continue;
       node.append(child instanceof Node ? child : document.createTextNode(String(child)));
     }
@@ -39,7 +39,8 @@ const Charts = (() => {
       : String(Number(value.toPrecision(3)));
     return text.replace(/-/g, "−");
   }
-  const percent = (share) => (!known(share) ? "–" : share > 0 && share < 0.0005 ? "< 0.1 %" : `${number(100 * share)} %`);
+  const percent = (share) => (!known(share) ? "–" : share > 0 && share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(1).replace(/\.0$/, "")} %`);
+  const plusMinus = (value, error) => (known(error) ? `${number(value)} ± ${number(Number(error.toPrecision(2)))}` : number(value));
 
   function extent(values) {
     let low = Infinity, high = -Infinity;
@@ -66,7 +67,10 @@ const Charts = (() => {
     const every = Math.max(1, Math.ceil((last - first + 1) / 6));
     const found = [];
     for (let p = first; p <= last; p += every) found.push(10 ** p);
-    return found.length >= 2 ? found : [low, high];
+    if (found.length >= 3) return found;
+    const finer = [];
+    for (let p = first - 1; p <= last; p++) for (const m of [1, 2, 5]) if (m * 10 ** p >= low * 0.999 && m * 10 ** p <= high * 1.001) finer.push(m * 10 ** p);
+    return finer.length >= 2 ? finer : [low, high];
   }
 
   // -- axes -----------------------------------------------------------------------------------------------------------
@@ -79,7 +83,7 @@ const Charts = (() => {
       if (low === high) [low, high] = log ? [low / 2, high * 2] : [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
       const f = log ? Math.log10 : (v) => v;
       const map = (v) => from + ((f(v) - f(low)) / (f(high) - f(low))) * (to - from);
-      map.ticks = log ? powers(low, high) : ticks(low, high, Math.abs(to - from) / 62);
+      map.ticks = log ? powers(low, high) : ticks(low, high, Math.abs(to - from) / (from > to ? 45 : 65));
       return map;
     };
     const sx = scale(x, box.left, box.right, logX), sy = scale(y, box.bottom, box.top, logY);
@@ -106,7 +110,8 @@ const Charts = (() => {
   const legend = (series) =>
     el("div", { class: "legend" }, series.map((s) =>
       el("span", {}, svg("svg", { width: 26, height: 10, "aria-hidden": "true" },
-        svg("line", { class: `series ${s.style}`, x1: 1, x2: 25, y1: 5, y2: 5 })), s.name)));
+        s.at.length > 1 && svg("line", { class: `series ${s.style}`, x1: 1, x2: 25, y1: 5, y2: 5 }),
+        (s.points || s.at.length === 1) && svg("circle", { class: `dot ${s.style}`, cx: 13, cy: 5, r: 2.6 })), s.name)));
 
   /** Lines with points. series: [{name, style, x, y, points}]; style is a CSS class: colour and dashes. */
   function lines({ series, xLabel, yLabel, alt, logX = false, logY = false, fromZero = false, reference = null, ...rest }) {
@@ -118,6 +123,7 @@ const Charts = (() => {
     if (!logY) {
       const pad = (ys[1] - ys[0]) * 0.06;
       ys = [fromZero && ys[0] >= 0 ? 0 : ys[0] - pad, ys[1] + pad];
+      if (fromZero && ys[1] === 0) ys = [0, 1];
     }
     const f = frame({ x: xs, y: ys, xLabel, yLabel, alt, logX, logY, ...rest });
     if (known(reference)) f.plot.append(svg("line", { class: "reference", x1: f.box.left, x2: f.box.right, y1: f.y(reference), y2: f.y(reference) }));
@@ -128,7 +134,7 @@ const Charts = (() => {
           svg("title", {}, `${s.name}: ${number(y)} at ${number(x)}`)));
       }
     }
-    return el("figure", { class: "plot" }, f.node, usable.length > 1 || usable[0].name ? legend(usable) : null);
+    return el("figure", { class: "plot" }, f.node, usable.some((s) => s.name) ? legend(usable.filter((s) => s.name)) : null);
   }
 
   // -- distributions --------------------------------------------------------------------------------------------------
@@ -178,7 +184,7 @@ const Charts = (() => {
   // -- points ---------------------------------------------------------------------------------------------------------
 
   /** Points that can be followed. points: [{x, y, radius, colour, title, href, faint, current}]. */
-  function scatter({ points, xLabel, yLabel, alt, width = 560, height = 400 }) {
+  function scatter({ points, xLabel, yLabel, alt, width = 820, height = 420 }) {
     const pad = ([low, high]) => [low - (high - low || 1) * 0.06, high + (high - low || 1) * 0.06];
     const f = frame({ width, height, x: pad(extent(points.map((p) => p.x))), y: pad(extent(points.map((p) => p.y))), xLabel, yLabel, alt });
     f.node.removeAttribute("role");  // its points are links
@@ -270,5 +276,5 @@ const Charts = (() => {
     return el("figure", { class: "net" }, node, el("figcaption", {}, title));
   }
 
-  return { el, svg, known, number, percent, extent, lines, legend, histogram, sparkline, vector, scatter, bytes, heatMap, overlay, network };
+  return { el, svg, known, number, percent, plusMinus, extent, lines, legend, histogram, sparkline, vector, scatter, bytes, heatMap, overlay, network };
 })();
