@@ -634,6 +634,23 @@ class L3D(L.LightningModule):
             "p_act_samples": self._progress.samples,
             "validated_step": self._validated_step,
             "mean_reference": self.mean_reference,
+            "decomposition": self._settings(),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """What `l3d export` has to know besides the tensors: plain values, as in a `Decomposition`'s config.json."""
+        v, extractor, target = self.subnetworks, self.extractor, type(self.target)
+        return {
+            "parameters": {n: {"shape": list(shape), "ranks": list(v.ranks[n])} for n, shape in v.shapes.items()},
+            "n_subnetworks": v.n_subnetworks,
+            "restarts": v.restarts,
+            "divergence": extractor.divergence.name,
+            "reference": extractor.reference,
+            "sample": extractor.sample,
+            "k": self.k,
+            "target_class": f"{target.__module__}.{target.__qualname__}",
+            "seed": self.seed,
+            "run_config": self.run_config,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
