@@ -135,7 +135,7 @@ class Closer:
         self.kind = kind_of(batch)
         own, outputs = self._outputs(batch)
         self.reference = self._reference(own)
-        self.output_size = 1.0 if self.decomposition.divergence.name == "kl" else float(outputs.std())
+        self.output_size = 1.0 if self.decomposition.divergence.name == "kl" else float(outputs.max() - outputs.min())
         self.names = output_names(self.decomposition.target, run.data, outputs.shape[1], self.kind)
         self.strangers = input_of(batch) if self.kind == "text" else None
         self.gradient = survey.mean_gradient()

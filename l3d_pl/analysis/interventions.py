@@ -231,7 +231,7 @@ def scale_of(derivative_sizes: Sequence[float], output_size: float) -> float:
 
     Args:
         derivative_sizes: of each subnetwork, the mean over its top samples of max_j |d output_j / d delta|.
-        output_size: 1 for probabilities, the outputs' spread for values.
+        output_size: 1 for probabilities, the range of the outputs for values.
 
     Raises:
         L3DError: no subnetwork moves any output.
