@@ -21,8 +21,8 @@ from l3d_pl.analysis.interventions import (
     direction_of,
     effect_rows,
     mean_rows,
+    natural_scale,
     random_directions,
-    scale_of,
     sweep,
 )
 from l3d_pl.analysis.items import MANY_NAMES, input_of, item_rows, kind_of, output_names
@@ -50,6 +50,10 @@ Rows = dict[str, list[dict[str, Any]]]  # {table: rows}
 NEIGHBOURS, TOGETHER = 20, 5  # others listed for each subnetwork: the nearest by |cos|, and the most co-active
 RELEVANT = 10  # top samples that interventions are measured on
 SHOWN = {"top": 8, "middle": 4}  # samples whose most affected outputs are told
+TRIED, ENOUGH = (
+    12,
+    0.75,
+)  # the largest step moves half of so many subnetworks' top samples by this, of 2 (total) at most
 RANDOM_DIRECTIONS = 2  # controls for each subnetwork
 EFFECTS = 2  # top samples whose outputs are shown against delta, with a random one beside them
 
@@ -122,7 +126,7 @@ class Closer:
 
     def __init__(self, run: Run, entries: Entries, survey: Survey, attributed: int):
         self.run, self.entries, self.survey, self.attributed = run, entries, survey, attributed
-        self.decomposition = run.decomposition
+        self.decomposition, self.extractor = run.decomposition, extractor_of(run.decomposition)
         self.device = next(self.decomposition.subnetworks.parameters()).device
         self.chosen = [survey.chosen(k) for k in range(self.decomposition.n_subnetworks)]
         self.shown: dict[int, set[int]] = {}  # entry -> the subnetworks that show it
@@ -164,17 +168,14 @@ class Closer:
         """The tables that need the model again (of all ranks), and the steps of the interventions."""
         n = self.decomposition.n_subnetworks
         mine = shared(range(n), ranks)
-        sizes: list[float] = []
         found: Rows = {name: [] for name in ("outputs", "curves", "effects", "locality", "attribution")}
         found |= {"token_coefficients": []} if self.decomposition.sample == "token" else {}
         with progress("outputs", len(mine), ranks) as advance:
             for k in mine:
-                rows, size = journal.get(f"outputs {k}", lambda k=k: self.outputs(k))  # type: ignore[misc]
-                found["outputs"] += rows
-                sizes.append(size)
+                found["outputs"] += journal.get(f"outputs {k}", lambda k=k: self.outputs(k))  # type: ignore[misc]
                 advance()
-        scale = scale_of([size for part in ranks.gather(sizes) for size in part], self.output_size)
-        deltas = [round(scale * step, 12) for step in GRID]
+        scale = ranks.gather(journal.get("scale", self.scale))[0]
+        deltas = [float(f"{scale * step:.6g}") for step in GRID]
         with progress("interventions", len(mine), ranks) as advance:
             for k in mine:
                 part = journal.get(f"moved {k}", lambda k=k: self.moved(k, deltas))  # type: ignore[misc]
@@ -190,8 +191,14 @@ class Closer:
         joined = {name: [row for part in parts for row in part[name]] for name in found}
         return {name: sorted(rows, key=_order) for name, rows in joined.items()}, deltas
 
-    def outputs(self, k: int) -> tuple[list[dict[str, Any]], float]:
-        """Rows of `outputs` of a subnetwork, and how far its top samples' most affected outputs move per delta."""
+    def scale(self) -> float:
+        """The largest step of the interventions, from some of the subnetworks that are active most."""
+        often = self.survey.counts["active_pairs"].sort(descending=True, stable=True).indices[:TRIED].tolist()
+        looks = [(self.decomposition.direction(k), self.pick(self.chosen[k]["top"][:RELEVANT])) for k in often]
+        return natural_scale(self.decomposition, looks, ENOUGH * self.output_size)
+
+    def outputs(self, k: int) -> list[dict[str, Any]]:
+        """Rows of `outputs` of a subnetwork."""
         places = [(kind, i) for kind, n in SHOWN.items() for i in range(min(n, len(self.chosen[k][kind])))]
         rows = [self.chosen[k][kind][i] for kind, i in places]
         outputs, moved = derivatives(self.decomposition, self.pick(rows), self.decomposition.direction(k))
@@ -199,8 +206,7 @@ class Closer:
         for (kind, i), row, affected in zip(places, rows, most_affected(outputs, moved), strict=True):
             where = {"subnetwork": k, "kind": kind, "place": i, "sample": row["sample"], "position": row["position"]}
             result += [where | output | {"name": self.names[output["output"]]} for output in affected]
-        top = [i for i, (kind, _) in enumerate(places) if kind == "top"]
-        return result, float(moved[top].abs().amax(1).double().mean())
+        return result
 
     def moved(self, k: int, deltas: list[float]) -> Rows:
         """Rows of `curves`, `effects`, `locality` and `attribution` of a subnetwork."""
@@ -222,7 +228,7 @@ class Closer:
         far = next((i for i, is_active in enumerate(active.tolist()) if not is_active), None)
         if far is not None:
             shown.append((len(top) + far, self.random[far]["sample"], self.random[far]["position"]))
-        slope = slopes(self.decomposition, batch, self.reference, k)
+        slope = slopes(self.decomposition, self.extractor, batch, self.reference, k)
         return {
             "curves": [
                 {"subnetwork": k, "control": control, **row} for control, rows in curves.items() for row in rows
@@ -241,6 +247,7 @@ class Closer:
             return []
         found = attribution(
             self.decomposition,
+            self.extractor,
             placed(self.entries.pick([row["sample"] for row in rows]), self.device),
             [row["position"] for row in rows],
             [k] * len(rows),
@@ -264,7 +271,7 @@ class Closer:
     def tokens(self, entries: Sequence[int]) -> list[dict[str, Any]]:
         """Rows of `token_coefficients` of some sequences: against the mean reference, all counted positions."""
         batch = placed(self.entries.pick(entries), self.device)
-        extraction = extractor_of(self.decomposition)(batch, references=self.reference)
+        extraction = self.extractor(batch, references=self.reference)
         subnetworks = self.decomposition.subnetworks
         c = subnetworks.coefficients(subnetworks.prepare(extraction.gradients))[:, 0].cpu()
         sample, position = samples_of(extraction)

@@ -20,8 +20,8 @@ from torch import Tensor
 from l3d_pl.analysis.items import input_of, kind_of, with_input
 from l3d_pl.analysis.outputs import only_positions
 from l3d_pl.analysis.runs import join, take
-from l3d_pl.analysis.survey import extractor_of
 from l3d_pl.decomposition import Decomposition
+from l3d_pl.gradients import GradientExtractor
 
 WINDOWS = 14  # to a side of an image at most
 REPLACEMENTS = 4  # tokens in the place of one
@@ -31,6 +31,7 @@ MANY_VALUES = 1024  # a longer vector is covered in so many pieces
 @torch.no_grad()
 def attribution(
     decomposition: Decomposition,
+    extractor: GradientExtractor,
     batch: Any,
     positions: Sequence[int],
     subnetworks: Sequence[int],
@@ -42,6 +43,7 @@ def attribution(
     width) per entry; of text a value for each token, 0 behind the position.
 
     Args:
+        extractor: the fast engine on the decomposition's target.
         batch: entries, one sample each.
         positions: of the token samples, -1 for others.
         subnetworks: for each entry, of which.
@@ -62,7 +64,7 @@ def attribution(
         everything = torch.cat([input_of(one), covered])
         c = torch.cat(
             [
-                _coefficients(decomposition, one, piece, position, k, references)
+                _coefficients(decomposition, extractor, one, piece, position, k, references)
                 for piece in everything.split(max(1, batch_size))
             ]
         )
@@ -76,13 +78,19 @@ def attribution(
 
 
 def _coefficients(
-    decomposition: Decomposition, one: Any, inputs: Tensor, position: int, k: int, references: Tensor
+    decomposition: Decomposition,
+    extractor: GradientExtractor,
+    one: Any,
+    inputs: Tensor,
+    position: int,
+    k: int,
+    references: Tensor,
 ) -> Tensor:
     """c_k of versions of one entry, [M]."""
     batch = with_input(join([one] * len(inputs)), inputs)
     batch = only_positions(batch, [position] * len(inputs))
     subnetworks = decomposition.subnetworks
-    prepared = subnetworks.prepare(extractor_of(decomposition)(batch, references=references).gradients)
+    prepared = subnetworks.prepare(extractor(batch, references=references).gradients)
     view = subnetworks.view(subnetworks.v_in, prepared).select(slice(k, k + 1))
     return view.coefficients(prepared)[:, 0]
 

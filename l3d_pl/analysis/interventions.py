@@ -102,14 +102,17 @@ def sweep(
         against = None if references is None else divergence(*samples.comparable(own, references.expand_as(own)))
         return probabilities(divergence, output, samples), away, against, task_loss(batch, output)
 
-    found = []
+    at_origin, found = look(output), []
     for delta, direction in steps:
+        if delta == 0:
+            found.append(at_origin)
+            continue
         with pushed(target, direction, delta):
             found.append(look(outputs_of(target, batch)))
     outputs, away, against, losses = (
         None if values[0] is None else torch.stack(values) for values in zip(*found, strict=True)
     )
-    origin, _, origin_against, origin_losses = look(output)
+    origin, _, origin_against, origin_losses = at_origin
     assert outputs is not None
     assert away is not None
     return Sweep([delta for delta, _ in steps], outputs, away, against, losses, origin, origin_losses, origin_against)
@@ -224,19 +227,28 @@ def random_directions(decomposition: Decomposition, k: int, n: int, seed: int) -
     return result
 
 
-def scale_of(derivative_sizes: Sequence[float], output_size: float) -> float:
-    """A step delta that is worth looking at: it would, linearly, move the most affected output by `output_size`.
+@torch.no_grad()
+def natural_scale(
+    decomposition: Decomposition, looks: Sequence[tuple[Direction, Any]], wanted: float, halvings: int = 14
+) -> float:
+    """A step that is worth looking at: the smallest of ‖W0‖, ‖W0‖/2, ... that moves half of the subnetworks enough.
 
-    The median over subnetworks, rounded to one digit.
+    It is found by trying: a derivative would say too much where outputs saturate.
 
     Args:
-        derivative_sizes: of each subnetwork, the mean over its top samples of max_j |d output_j / d delta|.
-        output_size: 1 for probabilities, the range of the outputs for values.
+        looks: (unit direction, batch of its top samples) of some subnetworks.
+        wanted: mean summed |change| of the samples' outputs, over both signs.
 
-    Raises:
-        L3DError: no subnetwork moves any output.
+    Returns:
+        the step, rounded to one digit.
     """
-    sizes = sorted(size for size in derivative_sizes if size > 0 and math.isfinite(size))
-    if not sizes:
-        raise L3DError("interventions: no subnetwork moves any output of its own top samples")
-    return float(f"{output_size / sizes[len(sizes) // 2]:.0e}")
+    tensors = dict(decomposition.target.named_parameters())
+    largest = float(torch.stack([tensors[name].norm() for name in decomposition.subnetworks.shapes]).norm())
+    steps = [largest / 2**i for i in range(halvings)]
+    moved = [
+        sweep(decomposition, batch, [(sign * step, v) for step in steps for sign in (1, -1)]).changes()
+        for v, batch in looks
+    ]
+    sizes = torch.stack([changes.double().mean(1).view(-1, 2).mean(1) for changes in moved]).median(0).values
+    enough = [step for step, size in zip(steps, sizes.tolist(), strict=True) if size >= wanted]
+    return float(f"{enough[-1] if enough else largest:.0e}")

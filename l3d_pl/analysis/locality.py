@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from l3d_pl.analysis.interventions import Sweep
-from l3d_pl.analysis.survey import extractor_of
 from l3d_pl.decomposition import Decomposition
+from l3d_pl.gradients import GradientExtractor
 
 
 @torch.no_grad()
-def slopes(decomposition: Decomposition, batch: Any, references: Tensor, k: int) -> Tensor:
+def slopes(
+    decomposition: Decomposition, extractor: GradientExtractor, batch: Any, references: Tensor, k: int
+) -> Tensor:
     """dD / d delta along v_k at delta = 0, which is <g, v_k>, of each sample of a batch, [N]."""
     subnetworks = decomposition.subnetworks
-    prepared = subnetworks.prepare(extractor_of(decomposition)(batch, references=references).gradients)
+    prepared = subnetworks.prepare(extractor(batch, references=references).gradients)
     view = subnetworks.view(subnetworks.v_out, prepared).select(slice(k, k + 1))
     return view.coefficients(prepared)[:, 0]
 
