@@ -2,9 +2,11 @@
 
     l3d fit|validate|test --config CONFIG [--model.k 0.2 ...]   LightningCLI on the L3D module
     l3d params --config CONFIG [--model.ranks 0.2 ...]          what a fit would decompose: sizes, ranks, memory, paths
+    l3d plan --config CONFIG --nodes 8 --gpus 8 --memory 80     what a run takes on a cluster, strategy by strategy
     l3d target --config CONFIG [--output FILE]                  train a target model
     l3d score DIR                                               ground-truth table of a finished toy run
     l3d report DIR                                              pictures and page of a finished run
+    l3d export CHECKPOINT DIR                                   a checkpoint's decomposition; --checkpoint: as one file
     l3d slurm submit|status|resume|collect DIR                  runs as jobs of a cluster
     l3d demo | l3d toys                                         what `make run` and `make toys` run
 
@@ -38,13 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a user's own module, beside the config that names it
-    sys.argv = sys.argv[:1]  # LightningCLI is given its arguments, and warns when sys.argv holds some too
     commands: dict[str, Callable[[list[str]], None]] = dict.fromkeys(LIGHTNING_COMMANDS, lightning_command)
     commands |= {
         "params": params_command,
+        "plan": plan_command,
         "target": target_command,
         "score": score_command,
         "report": report_command,
+        "export": export_command,
         "slurm": slurm_command,
         "demo": demo_command,
         "toys": toys_command,
@@ -113,6 +116,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+    warnings.filterwarnings("ignore", message=".*It is recommended to use .*sync_dist=True.*")  # all ranks' already
     warnings.filterwarnings("ignore", message=".*is a wandb run already.*")
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # a login node has it too
     warnings.filterwarnings("ignore", message=".*Total length of .* across ranks is zero.*")  # `L3D` raises
@@ -190,6 +194,12 @@ def params_command(args: list[str]) -> None:
     ParamsCLI(resolve_configs(args))
 
 
+def plan_command(args: list[str]) -> None:
+    from l3d_pl.lightning_cli import PlanCLI
+
+    PlanCLI(resolve_configs(args))
+
+
 def target_command(args: list[str]) -> None:
     from l3d_pl.lightning_cli import train_target
 
@@ -226,6 +236,18 @@ def report_command(args: list[str]) -> None:
     parser = OneLineParser(prog="l3d report", description="Pictures and HTML page of a finished run.")
     parser.add_argument("dir", help="a run's directory, such as runs/tms")
     print(write_report(Path(parser.parse_args(args).dir)))
+
+
+def export_command(args: list[str]) -> None:
+    from l3d_pl.export import export_checkpoint, export_decomposition
+
+    parser = OneLineParser(prog="l3d export", description="The decomposition that a checkpoint holds.")
+    parser.add_argument("source", help="a checkpoint, such as runs/mine/checkpoints/last.ckpt")
+    parser.add_argument("destination", help="the directory that is made")
+    parser.add_argument("--checkpoint", action="store_true", help="make one file to resume from, under any strategy")
+    known = parser.parse_args(args)
+    export = export_checkpoint if known.checkpoint else export_decomposition
+    print(export(Path(known.source), Path(known.destination)))
 
 
 def slurm_command(args: list[str]) -> None:

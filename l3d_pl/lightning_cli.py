@@ -30,7 +30,7 @@ from l3d_pl.callbacks import (
 )
 from l3d_pl.checkpoints import AtomicCheckpointIO
 from l3d_pl.errors import L3DError, did_you_mean
-from l3d_pl.lightning_module import L3D
+from l3d_pl.lightning_module import L3D, START_LATER
 
 
 class Parser(LightningArgumentParser):
@@ -201,6 +201,16 @@ class L3DCLI(LightningCLI):
             print_target(train_target(["--config", find_config(recipe)], missing))
             self._set_seed()  # the target's training has set its own
 
+    def instantiate_classes(self) -> None:
+        """Where V is to be sharded no process makes all of it: each its own part, when they know each other."""
+        strategy = self.config[self.subcommand].trainer.strategy
+        name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
+        token = START_LATER.set(name == "fsdp2" or name.endswith("FSDP2Strategy"))
+        try:
+            super().instantiate_classes()
+        finally:
+            START_LATER.reset(token)
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config_init[self.subcommand]["trainer"]
         if config["logger"] in (None, True):  # (validate and test print their figures, and leave the run's file alone)
@@ -289,6 +299,47 @@ class ParamsCLI(L3DCLI):
         if self.datamodule is not None:
             batch, notes = first_batch(self.model, self.datamodule, vars(data.init_args))
         print_params(self.model, batch, self.notes + notes)
+
+
+class PlanCLI(ParamsCLI):
+    """`l3d plan`: the same for a plan; everything is made on the meta device, and of a target the shapes alone."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--nodes", type=int, default=1, help="machines")
+        parser.add_argument("--gpus", type=int, default=1, help="GPUs of each machine")
+        parser.add_argument("--memory", type=float | None, default=None, help="GB (1e9 bytes) of each GPU")
+        parser.add_argument(
+            "--flops-per-second", type=float | None, default=None, help="what a GPU computes, in TFLOP/s (float32)"
+        )
+        parser.add_argument("--step-seconds", type=float | None, default=None, help="of a step, as measured")
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+    def before_instantiate_classes(self) -> None:
+        from l3d_pl.plan import World, untrained_on_meta
+
+        config = self.config["fit"]
+        self.world = World(config.nodes, config.gpus, config.memory, config.trainer.accelerator != "cpu")
+        target, recipe = config.model.target, config.model.target_config
+        if missing_target(config.model) and recipe:
+            from l3d_pl.cli import find_config
+
+            target = yaml.safe_load(Path(find_config(recipe)).read_text())["model"]["model"]
+        config.model.target, config.model.target_weights = untrained_on_meta(target), None
+
+    def instantiate_classes(self) -> None:
+        token = START_LATER.set(True)
+        try:
+            super().instantiate_classes()
+        finally:
+            START_LATER.reset(token)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        from l3d_pl.plan import run_plan
+
+        if self.datamodule is None:
+            raise L3DError("data: found none; a plan needs the size of a batch")
+        run_plan(self.model, self.datamodule, self.config["fit"], self.world)
 
 
 class TargetCLI(LightningCLI):
