@@ -21,7 +21,7 @@ from l3d_pl.targets.hub import language_model
 
 NAMES = [str(path.relative_to(shipped_configs()).with_suffix("")) for path in sorted(shipped_configs().rglob("*.yaml"))]
 TARGETS = [name for name in NAMES if name.startswith("targets/")]
-FITS = [name for name in NAMES if name not in TARGETS]
+FITS = [name for name in NAMES if not name.startswith(("targets/", "strategies/"))]
 
 
 @pytest.fixture(autouse=True)
