@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -76,6 +78,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             )
         if stage not in (1, 2, 3):
             raise L3DError(f"trainer.strategy: found stage {stage} of deepspeed, allowed are 1, 2, 3")
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it found nothing else
         super().__init__(
             stage=stage,
             offload_optimizer=offload_optimizer,
@@ -103,6 +107,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()  # the parent's own is content with CUDA only
 
     def setup_distributed(self) -> None:
+        # DeepSpeed calls what this torch has newer names for.
+        warnings.filterwarnings("ignore", ".*is deprecated.*", FutureWarning, "torch.distributed.c10d_logger")
         if self.root_device.type == "cuda":
             super().setup_distributed()
             return
@@ -131,9 +137,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         # Lightning accumulates, and says so in `block_backward_sync`: DeepSpeed would leave out an epoch's last step.
         self.config["gradient_accumulation_steps"] = 1
-        values = sum(parameter.numel() for parameter in self.model.parameters())
-        for buffer in ("reduce_bucket_size", "allgather_bucket_size"):  # allocated, however little is to be sent
-            self.config["zero_optimization"][buffer] = min(self.config["zero_optimization"][buffer], values)
+        zero = self.config["zero_optimization"]  # a bucket for gradients is allocated, however few there are
+        largest = max(parameter.numel() for parameter in self.model.parameters())
+        zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], largest)
         module = self.model
         self._initialize_deepspeed_train(module)
         if self.stage == 3:
