@@ -43,7 +43,7 @@ from l3d_pl.streamed import Entry, checksum, entry_of, pieces, write_safetensors
 FORMAT_VERSION = 1
 META, MANIFEST = "meta.ckpt", "manifest.json"
 LARGE = ("state_dict", "optimizer_states")  # the entries of a checkpoint whose tensors are read one by one
-REMAP = 2**28  # bytes read through a file's mapping before it is mapped anew: its pages count as this process's memory
+REMAP = 2**26  # bytes read through a file's mapping before it is mapped anew: its pages count as this process's memory
 
 T = TypeVar("T")
 _damaged: set[Path] = set()  # found by this process: what replaces them does not keep them as the one before
@@ -204,13 +204,13 @@ def verify(path: Path, ranks: Ranks) -> None:
         if not path.exists():
             raise L3DError(f"checkpoint: there is no file {path}")
         if ranks.rank == 0:
-            with _damage(path), zipfile.ZipFile(path) as archive:  # torch writes checksums, and reads past them
+            with as_damage_of(path), zipfile.ZipFile(path) as archive:  # torch writes checksums, and reads past them
                 if broken := archive.testzip():
                     raise ValueError(f"checksum of {broken}")
         return
     for index, (name, expected) in enumerate(sorted(_manifest(path).items())):
         if index % ranks.size == ranks.rank:
-            with _damage(path):
+            with as_damage_of(path):
                 if not (path / name).is_file():
                     raise ValueError(f"{name} is missing")
                 found = checksum(path / name)
@@ -225,11 +225,10 @@ def _manifest(folder: Path) -> dict[str, dict[str, int]]:
     if not (folder / MANIFEST).is_file():
         if (folder / "latest").is_file() or (folder / "checkpoint").is_dir():
             raise L3DError(
-                f"checkpoint: {folder} is one of DeepSpeed; `l3d export --checkpoint {folder} FILE.ckpt` makes a file "
-                "of it that every strategy reads"
+                f"checkpoint: {folder} is in DeepSpeed's own format; allowed are checkpoints that l3d_pl has written"
             )
         raise L3DError(f"checkpoint: {folder} is a directory without {MANIFEST}, and no checkpoint")
-    with _damage(folder):
+    with as_damage_of(folder):
         try:
             content = json.loads((folder / MANIFEST).read_text())
             version, files = content["format_version"], content["files"]
@@ -244,7 +243,7 @@ def _manifest(folder: Path) -> dict[str, dict[str, int]]:
     return files
 
 
-class _damage:
+class as_damage_of:
     """Whatever goes wrong inside the block is told as the damage of this checkpoint, in one line."""
 
     def __init__(self, path: Path):
@@ -260,7 +259,7 @@ class _damage:
 
 
 def _unpickle(path: Path, map_location: Any = "cpu", **options: Any) -> dict[str, Any]:
-    with _damage(path):
+    with as_damage_of(path):
         return torch.load(path, map_location=map_location, weights_only=True, **options)
 
 
@@ -280,7 +279,7 @@ class Stored:
         self._places: dict[str, list[tuple[int, Path]]] = {}  # {tensor: (its first row there, file)}
         self._small: dict[str, Tensor] = {}
         stored = self._load()
-        with _damage(path):
+        with as_damage_of(path):
             if not isinstance(stored, dict):
                 raise ValueError(f"it holds {type(stored).__name__}")
             if path.is_dir():
@@ -307,7 +306,7 @@ class Stored:
                 self._mapped, self._read = dict(named_tensors(self._load())), 0
             return self._mapped[name][start:stop] if self._mapped[name].ndim else self._mapped[name]
         expected, parts, at = self._mapped[name], [], start
-        with _damage(self.path):
+        with as_damage_of(self.path):
             for first, file in sorted(self._places.get(name, [])):
                 with safe_open(file, "pt") as shard:
                     part = shard.get_slice(name)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import zipfile
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def assert_goes_on(path: Path, n: int, mesh: DeviceMesh | None) -> None:
 
 def _start(rank: int, size: int, store: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size, store=dist.FileStore(store, size))
+    patience = timedelta(seconds=60)  # then a process that waits for the others gives up
+    dist.init_process_group("gloo", rank=rank, world_size=size, store=dist.FileStore(store, size), timeout=patience)
     try:
         function(*args)
     finally:
@@ -339,7 +341,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "foreign": (lambda folder: [file.unlink() for file in folder.iterdir()], "is a directory without manifest.json"),
     "deepspeed": (
         lambda folder: (folder / "manifest.json").rename(folder / "latest"),
-        "is one of DeepSpeed; `l3d export --checkpoint",
+        "is in DeepSpeed's own format; allowed are",
     ),
 }
 
