@@ -7,6 +7,7 @@
     l3d score DIR                                               ground-truth table of a finished toy run
     l3d report DIR                                              pictures and page of a finished run
     l3d export CHECKPOINT DIR                                   a checkpoint's decomposition; --checkpoint: as one file
+    l3d export CHECKPOINT DIR                                   a checkpoint's decomposition; --checkpoint: as one file
     l3d slurm submit|status|resume|collect DIR                  runs as jobs of a cluster
     l3d demo | l3d toys                                         what `make run` and `make toys` run
 
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "target": target_command,
         "score": score_command,
         "report": report_command,
+        "export": export_command,
         "export": export_command,
         "slurm": slurm_command,
         "demo": demo_command,
@@ -248,6 +250,73 @@ def export_command(args: list[str]) -> None:
     known = parser.parse_args(args)
     export = export_checkpoint if known.checkpoint else export_decomposition
     print(export(Path(known.source), Path(known.destination)))
+
+
+def export_command(args: list[str]) -> None:
+    from l3d_pl.export import export_checkpoint, export_decomposition
+
+    parser = OneLineParser(prog="l3d export", description="The decomposition that a checkpoint holds.")
+    parser.add_argument("source", help="a checkpoint, such as runs/mine/checkpoints/last.ckpt")
+    parser.add_argument("destination", help="the directory that is made")
+    parser.add_argument("--checkpoint", action="store_true", help="make one file to resume from, under any strategy")
+    known = parser.parse_args(args)
+    export = export_checkpoint if known.checkpoint else export_decomposition
+    print(export(Path(known.source), Path(known.destination)))
+
+
+def analyze_command(args: list[str]) -> None:
+    parser = OneLineParser(prog="l3d analyze", description="Tables of a finished run's subnetworks (docs/analysis.md).")
+    parser.add_argument("dir", type=Path, help="a run's directory, such as runs/tms")
+    parser.add_argument("--samples", type=int, default=None, help="only the first so many entries (images, sequences)")
+    parser.add_argument("--references", type=int, default=8, help="references that each sample is compared with")
+    parser.add_argument("--split", default="val", help="val, train or test")
+    parser.add_argument("--batch-size", type=int, default=64, help="entries at a time")
+    parser.add_argument("--top", type=int, default=16, help="top samples kept for each subnetwork")
+    parser.add_argument("--attribution", type=int, default=3, help="top samples whose inputs are attributed; 0: none")
+    parser.add_argument("--seed", type=int, default=0, help="of references and of random samples")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    known = parser.parse_args(args)
+    from rich.console import Console
+
+    from l3d_pl.analysis.analyse import analyse
+    from l3d_pl.analysis.intervene import summary_of
+    from l3d_pl.analysis.runs import open_run, several_processes
+    from l3d_pl.analysis.survey import Settings
+
+    with several_processes(known.device) as ranks:
+        run = open_run(known.dir, known.device)
+        skip_bad = run.decomposition.run_config["model"].get("bad_samples") == "skip"  # type: ignore[index]
+        settings = Settings(known.references, known.batch_size, known.top, seed=known.seed, skip_bad=skip_bad)
+        folder = analyse(run, settings, known.split, known.samples, known.attribution, ranks)
+    if ranks.rank == 0:
+        Console(soft_wrap=True).print(summary_of(folder))
+        print(folder)
+
+
+def intervene_command(args: list[str]) -> None:
+    parser = OneLineParser(prog="l3d intervene", description="f(x, W0 + sum of delta v_k) on a run's samples.")
+    parser.add_argument("dir", type=Path, help="a run's directory, after `l3d analyze`")
+    parser.add_argument("--subnetwork", type=int, action="append", required=True, help="k of v_k; may be given again")
+    parser.add_argument("--delta", type=float, nargs="+", default=None, help="steps (default: those of the analysis)")
+    parser.add_argument("--parameters", nargs="+", default=None, help="move only these tensors (globs)")
+    parser.add_argument("--grid", action="store_true", help="every combination of steps of several subnetworks")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    known = parser.parse_args(args)
+    from l3d_pl.analysis.intervene import intervene_run
+    from l3d_pl.analysis.runs import open_run
+
+    run = open_run(known.dir, known.device)
+    intervene_run(run, known.subnetwork, known.delta, known.parameters, known.grid)
+
+
+def compare_command(args: list[str]) -> None:
+    parser = OneLineParser(prog="l3d compare", description="Match the subnetworks of two runs by |cos|.")
+    parser.add_argument("dir_a", type=Path, help="a run's directory; the table and the picture go there")
+    parser.add_argument("dir_b", type=Path, help="another's")
+    known = parser.parse_args(args)
+    from l3d_pl.analysis.stability import compare_runs
+
+    print(compare_runs(known.dir_a, known.dir_b))
 
 
 def slurm_command(args: list[str]) -> None:
