@@ -7,7 +7,9 @@
     l3d score DIR                                               ground-truth table of a finished toy run
     l3d report DIR                                              pictures and page of a finished run
     l3d export CHECKPOINT DIR                                   a checkpoint's decomposition; --checkpoint: as one file
-    l3d export CHECKPOINT DIR                                   a checkpoint's decomposition; --checkpoint: as one file
+    l3d analyze DIR                                             what each subnetwork does, as tables: DIR/analysis
+    l3d intervene DIR --subnetwork 3 --delta -1 1               push subnetworks and see what changes
+    l3d compare DIR_A DIR_B                                     match the subnetworks of two runs
     l3d slurm submit|status|resume|collect DIR                  runs as jobs of a cluster
     l3d demo | l3d toys                                         what `make run` and `make toys` run
 
@@ -49,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "score": score_command,
         "report": report_command,
         "export": export_command,
-        "export": export_command,
+        "analyze": analyze_command,
+        "intervene": intervene_command,
+        "compare": compare_command,
         "slurm": slurm_command,
         "demo": demo_command,
         "toys": toys_command,
@@ -238,18 +242,6 @@ def report_command(args: list[str]) -> None:
     parser = OneLineParser(prog="l3d report", description="Pictures and HTML page of a finished run.")
     parser.add_argument("dir", help="a run's directory, such as runs/tms")
     print(write_report(Path(parser.parse_args(args).dir)))
-
-
-def export_command(args: list[str]) -> None:
-    from l3d_pl.export import export_checkpoint, export_decomposition
-
-    parser = OneLineParser(prog="l3d export", description="The decomposition that a checkpoint holds.")
-    parser.add_argument("source", help="a checkpoint, such as runs/mine/checkpoints/last.ckpt")
-    parser.add_argument("destination", help="the directory that is made")
-    parser.add_argument("--checkpoint", action="store_true", help="make one file to resume from, under any strategy")
-    known = parser.parse_args(args)
-    export = export_checkpoint if known.checkpoint else export_decomposition
-    print(export(Path(known.source), Path(known.destination)))
 
 
 def export_command(args: list[str]) -> None:

@@ -45,6 +45,7 @@ from l3d_pl.decomposition import Decomposition
 from l3d_pl.gradients.samples import choose_samples
 from l3d_pl.parallel import ALONE, Ranks
 from l3d_pl.provenance import provenance
+from l3d_pl.targets.frozen import fingerprint
 
 Rows = dict[str, list[dict[str, Any]]]  # {table: rows}
 NEIGHBOURS, TOGETHER = 20, 5  # others listed for each subnetwork: the nearest by |cos|, and the most co-active
@@ -431,6 +432,7 @@ def manifest_of(
         "model": decomposition.target_class,
         "config": decomposition.run_config,
         "fingerprint": decomposition.target_fingerprint,
+        "decomposition": fingerprint(decomposition.subnetworks),
         "commit": made["git_commit"],
         "versions": made["versions"],
         "created": made["created"],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,12 +14,14 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.errors import L3DError, require_choice
 from l3d_pl.gradients.forward import batch_size as size_of
 from l3d_pl.gradients.forward import inputs_of
+from l3d_pl.parallel import ALONE, Ranks
 from l3d_pl.targets.training import load_target
 
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # and their datasets in our own data modules
@@ -156,6 +160,19 @@ class Run:
         if next(iter(islice(iter(loader or []), 1)), None) is None:
             raise L3DError(f"split: '{split}' holds no data, allowed are those of {', '.join(SPLITS)} that do")
         return Entries(loader, limit)
+
+
+@contextmanager
+def several_processes(device: str = "cpu") -> Iterator[Ranks]:
+    """The ranks that share the work, where torchrun (or srun) has started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield Ranks.of_run()
+    finally:
+        dist.destroy_process_group()
 
 
 def load_run(run_dir: Path) -> Decomposition:
