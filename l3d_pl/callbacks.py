@@ -170,9 +170,12 @@ class ExportDecomposition(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         pl_module.ensure_validated()  # type: ignore[operator]
+        sharded = pl_module.device_mesh is not None
+        whole = pl_module.subnetworks.whole() if sharded else None  # type: ignore[operator,union-attr] # (with all ranks)
         if trainer.is_global_zero:
             figures = {"steps": trainer.global_step}
-            pl_module.decomposition(figures=figures).save_pretrained(Path(trainer.default_root_dir, "decomposition"))  # type: ignore[operator]
+            decomposition = pl_module.decomposition(figures=figures, subnetworks=whole)  # type: ignore[operator]
+            decomposition.save_pretrained(Path(trainer.default_root_dir, "decomposition"))
 
 
 class RunLogger(CSVLogger):

@@ -328,9 +328,10 @@ class PlanCLI(ParamsCLI):
         config.model.target, config.model.target_weights = untrained_on_meta(target), None
 
     def instantiate_classes(self) -> None:
+        """V is not made at all: `Planner` asks for its shapes."""
         token = START_LATER.set(True)
         try:
-            super().instantiate_classes()
+            super(L3DCLI, self).instantiate_classes()
         finally:
             START_LATER.reset(token)
 

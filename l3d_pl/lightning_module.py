@@ -563,7 +563,7 @@ class L3D(L.LightningModule):
             "train/threshold": self.threshold.value[best],
             "train/dead_fraction": self.dead()[best].float().mean(),
             "train/skipped_samples": self.skipped_samples.float(),
-            "lr": self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"],  # type: ignore[union-attr]
+            "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
         }
         if now[0] > then[0]:
             samples = step.mask.shape[0] * self._replicas.size
@@ -609,11 +609,20 @@ class L3D(L.LightningModule):
         """The restart with the lowest held-out loss (the first, before any validation)."""
         return 0 if bool(self.held_out_loss.isnan().any()) else int(self.held_out_loss.argmin())
 
-    def decomposition(self, restart: int | None = None, figures: Mapping[str, Any] | None = None) -> Decomposition:
-        """What this run has found: `restart`, by default the one with the lowest held-out loss."""
+    def decomposition(
+        self,
+        restart: int | None = None,
+        figures: Mapping[str, Any] | None = None,
+        subnetworks: Subnetworks | None = None,
+    ) -> Decomposition:
+        """What this run has found: `restart`, by default the one with the lowest held-out loss.
+
+        Args:
+            subnetworks: all shards together (`Subnetworks.whole`), where they are sharded.
+        """
         best = self.best_restart if restart is None else restart
         return Decomposition(
-            self.subnetworks.extract_restart(best),
+            self.subnetworks.extract_restart(best) if subnetworks is None else subnetworks,
             target=self.target,
             divergence=self.extractor.divergence,
             reference=self.extractor.reference,

@@ -15,7 +15,7 @@ S - 1 times its codes [samples of the group, n_v / S]. With several groups, thei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from l3d_pl.gradients import DenseGradient, OuterGradient, SampleGradient, conca
 from l3d_pl.parallel import Ranks
 from l3d_pl.step import Side, Step
 from l3d_pl.subnetworks import Prepared, Reconstruction, Subnetworks
-from l3d_pl.tucker import Matrices, flatten, unflatten
+from l3d_pl.tucker import Matrices, Tucker, flatten, unflatten
 
 
 def share_gradients(gradients: Mapping[str, SampleGradient], group: Ranks) -> dict[str, SampleGradient]:
@@ -98,12 +98,12 @@ class _ShardedStep(torch.autograd.Function):
         group, chunk, half = subnetworks.group, subnetworks.chunk, len(flat) // 2
         modes = [len(subnetworks.shapes[name]) for name in prepared.names]
         with torch.autocast(flat[0].device.type, enabled=False):
-            side_in = Side(prepared, unflatten(modes, flat[:half]), chunk)
-            side_out = Side(prepared, unflatten(modes, flat[half:]), chunk)
+            side_in = _Side(prepared, unflatten(modes, flat[:half]), chunk)
+            side_out = _Side(prepared, unflatten(modes, flat[half:]), chunk)
             total = float(prepared.energy)  # of the group; each of its ranks counts it once
             energy = max(float(ranks.sum(prepared.energy)), torch.finfo(torch.float32).tiny) / ranks.size
             scale = 2 / energy
-            c = _contract(side_in)
+            c = side_in.coefficients()
             if among is None:
                 mask, threshold = batch_topk(c.unsqueeze(1), k, ranks)
             else:
@@ -112,15 +112,13 @@ class _ShardedStep(torch.autograd.Function):
             learned = c * mask.squeeze(1)
             codes = learned if fixed is None else learned + fixed
             everyone = subnetworks.everyone(codes)
-            p = _contract(side_out)
+            p = side_out.coefficients()
 
             pushed = torch.zeros_like(codes)  # codes M, the own columns
             d_block = None if side_out.block is None else torch.zeros_like(side_out.block)
             d_matrices = [Matrices(*(torch.zeros_like(part) for part in matrices)) for matrices in side_out.matrices]
             for which, other in _ring(subnetworks, prepared, flat[half:], side_out):
                 theirs = everyone[:, which]
-                if theirs.numel() == 0 or codes.numel() == 0:
-                    continue
                 weights = (learned.mT @ theirs) * scale
                 gram = weights.new_zeros(weights.shape)  # <own, theirs>
                 if d_block is not None:
@@ -140,8 +138,9 @@ class _ShardedStep(torch.autograd.Function):
             if d_block is not None and prepared.block is not None:
                 d_block.addmm_(d_p.mT, prepared.block)
             ctx.gradients = gradients + side_out.backward(d_block, d_p, d_matrices)
-            ctx.mark_non_differentiable(c, mask, threshold)
-            return (error / energy).to(c).view(1), c.unsqueeze(1), mask, threshold
+            coefficients = c.unsqueeze(1)
+            ctx.mark_non_differentiable(coefficients, mask, threshold)
+            return (error / energy).to(c).view(1), coefficients, mask, threshold
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -162,19 +161,17 @@ def errors_sharded(subnetworks: Subnetworks, prepared: Prepared, codes: Tensor) 
     tuckers = subnetworks.v_out.tuckers()
     flat = flatten([tuckers[name] for name in prepared.names])
     modes = [len(subnetworks.shapes[name]) for name in prepared.names]
-    side = Side(prepared, unflatten(modes, flat), subnetworks.chunk)
+    side = _Side(prepared, unflatten(modes, flat), subnetworks.chunk)
     everyone, wide = subnetworks.everyone(codes), codes.double()
     errors = codes.new_zeros(len(prepared.names), dtype=torch.float64)
     blocks = [] if side.block is None else list(side.block.split(prepared.sizes, 1))
-    g_blocks = [] if prepared.block is None else prepared.block.split(prepared.sizes, 1)
+    g_blocks = [] if side.block is None or prepared.block is None else prepared.block.split(prepared.sizes, 1)
     for i, (v, g) in enumerate(zip(blocks, g_blocks, strict=True)):
         errors[i] -= 2 * (wide * (g @ v.mT)).sum()
     for i, (gradient, matrices) in enumerate(zip(side.gradients, side.matrices, strict=True), len(blocks)):
         errors[i] -= 2 * (wide * gradient.contract(matrices, subnetworks.chunk)[0]).sum()
     for which, other in _ring(subnetworks, prepared, flat, side):
         theirs = everyone[:, which]
-        if theirs.numel() == 0 or codes.numel() == 0:
-            continue
         others = [] if other.block is None else list(other.block.split(prepared.sizes, 1))
         grams = [v @ w.mT for v, w in zip(blocks, others, strict=True)]
         grams += [v.gram(w) for v, w in zip(side.matrices, other.matrices, strict=True)]
@@ -196,26 +193,46 @@ def gram_sharded(subnetworks: Subnetworks) -> Tensor:
     flat = flatten([own[name] for name in names])
     rows = flat[0].new_zeros(subnetworks.v_out.n, subnetworks.n_subnetworks)
     for which, parts in subnetworks.group.ring(flat, subnetworks.n_subnetworks):
-        for mine, theirs in zip(own.values(), unflatten(modes, parts), strict=True):
-            if rows[:, which].numel():
+        if rows[:, which].numel():
+            for mine, theirs in zip(own.values(), unflatten(modes, parts), strict=True):
                 rows[:, which] += mine.gram(theirs)
     return subnetworks.everyone(rows.mT).mT
 
 
-def _ring(subnetworks: Subnetworks, prepared: Prepared, flat: Any, own: Side) -> Iterator[tuple[slice, Side]]:
+def _ring(subnetworks: Subnetworks, prepared: Prepared, flat: Any, own: _Side) -> Iterator[tuple[slice, Side]]:
     """The shards of V_out as they pass, laid out as `own` is; what travels are their Tucker tensors."""
     modes = [len(subnetworks.shapes[name]) for name in prepared.names]
     for which, parts in subnetworks.group.ring(flat, subnetworks.n_subnetworks):
-        is_own = which == subnetworks.own
-        yield which, own if is_own else Side(prepared, unflatten(modes, parts), subnetworks.chunk)
+        if own.n and which.stop > which.start:
+            is_own = which == subnetworks.own
+            yield which, own if is_own else Side(prepared, unflatten(modes, parts), subnetworks.chunk)
 
 
-def _contract(side: Side) -> Tensor:
-    """Coefficients of all samples with a side's subnetworks, over dense and factored parameters, [N, n]."""
-    total = side.contract()
-    if side.block is not None:
-        assert side.prepared.block is not None
-        dense = side.prepared.block @ side.block.mT
-        total = dense if total is None else total + dense
-    assert total is not None
-    return total
+class _Side(Side):
+    """A shard of V_in or V_out against a batch. A rank may own no subnetworks, where there are few."""
+
+    def __init__(self, prepared: Prepared, tuckers: list[Tucker], chunk: int):
+        self.n, self.all = tuckers[0].n, tuckers
+        if self.n:
+            super().__init__(prepared, tuckers, chunk)
+        else:
+            self.prepared, self.block, self.matrices, self.gradients = prepared, None, [], []
+
+    def coefficients(self) -> Tensor:
+        """Of all samples, over dense and factored parameters, [N, n]."""
+        if not self.n:
+            return self.all[0].core.new_zeros(self.prepared.n_samples, 0)
+        total = self.contract()
+        if self.block is not None:
+            assert self.prepared.block is not None
+            dense = self.prepared.block @ self.block.mT
+            total = dense if total is None else total + dense
+        assert total is not None
+        return total
+
+    def backward(
+        self, d_block: Tensor | None, d_coefficients: Tensor, more: Sequence[Matrices] | None = None
+    ) -> list[Tensor]:
+        if not self.n:
+            return [torch.zeros_like(tensor) for tensor in flatten(self.all)]
+        return super().backward(d_block, d_coefficients, more)

@@ -118,6 +118,8 @@ class Directions(nn.Module):
     @torch.no_grad()
     def normalise_(self) -> None:
         """Rescale every subnetwork to unit L2 norm over all its tensors together (paper, training step 5)."""
+        if self.n == 0:
+            return
         scale = self.squared_norms().clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
         for tucker in self.tuckers().values():
             tucker.core.mul_(scale.view(-1, *[1] * (tucker.core.ndim - 1)))
@@ -196,7 +198,8 @@ class View:
         """<g_i, v_k>, [N, n]."""
         total = None if self.block is None else prepared.block @ self.block.mT  # type: ignore[operator]
         for name, gradient in prepared.factored.items():
-            part = gradient.coefficients(self.tuckers[name])
+            tucker = self.tuckers[name]
+            part = gradient.coefficients(tucker) if tucker.n else tucker.core.new_zeros(prepared.n_samples, 0)
             total = part if total is None else total + part
         assert total is not None
         return total
@@ -205,7 +208,9 @@ class View:
         """<v_k, w_l>, [n, n_other]."""
         total = None if self.block is None else self.block @ other.block.mT  # type: ignore[union-attr]
         for name, tucker in self.tuckers.items():
-            part = tucker.gram(None if other is self else other.tuckers[name])
+            its = other.tuckers[name]
+            some = tucker.n and its.n  # (a rank may own no subnetworks)
+            part = tucker.gram(None if other is self else its) if some else tucker.core.new_zeros(tucker.n, its.n)
             total = part if total is None else total + part
         assert total is not None
         return total
@@ -326,7 +331,9 @@ class Subnetworks(nn.Module):
         """Weighted sums of V_out, `weights` [m, n_v] -> {name: [m, *shape]}, over all shards."""
         weights, index, sums = self.mine(weights), self.local_restart(restart), {}
         for name, tucker in self.v_out.tuckers().items():
-            part = tucker.select(index).matrices().combine(weights)
+            part = weights.new_zeros(len(weights), math.prod(self.shapes[name]))
+            if self.v_out.n:
+                part = tucker.select(index).matrices().combine(weights)
             sums[name] = self.group.sum(part).view(-1, *self.shapes[name])
         return sums
 
@@ -398,7 +405,9 @@ class Subnetworks(nn.Module):
         """V_in or V_out laid out for `prepared`. Build it once per step and side: it holds their autograd graph."""
         tuckers = directions.tuckers()
         dense = [tuckers[name] for name in prepared.names[: len(prepared.sizes)]]
-        block = dense_block(dense) if dense else None
+        block = None
+        if dense:  # (a rank may own no subnetworks)
+            block = dense_block(dense) if directions.n else dense[0].core.new_zeros(0, sum(prepared.sizes))
         return View(block, {name: tuckers[name] for name in prepared.factored})
 
     # -- the method -------------------------------------------------------------------------------------------------

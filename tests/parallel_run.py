@@ -1,4 +1,7 @@
-"""A short fit of a small autoencoder in float64, on as many ranks as asked for: `python parallel_run.py OUT RANKS`.
+"""A short fit of a small autoencoder in float64: `python parallel_run.py OUT RANKS [STRATEGY [ACCUMULATE [CLIP]]]`.
+
+STRATEGY is `ddp`, or `fsdp2` and its number of shards: `fsdp2:2`. ACCUMULATE batches make a step; CLIP is the largest
+norm of its gradient.
 
 The global batch, 16 samples, is the same on any number of ranks, and so is the reference (the batch's mean).
 """
@@ -9,9 +12,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.precision import DoublePrecision
 
 from datamodules.loading import InMemoryData, Rows
 from l3d_pl import L3D
+from l3d_pl.strategies.fsdp2 import FSDP2Strategy
 from l3d_pl.targets.toy import Autoencoder
 
 
@@ -27,7 +32,7 @@ class Data(InMemoryData):
         self.train, self.validation, self.test = Rows(inputs=rows[:80]), Rows(inputs=rows[80:]), Rows(inputs=rows[80:])
 
 
-def fit(n_ranks: int, **settings: Any) -> L3D:
+def fit(n_ranks: int, strategy: str = "ddp", accumulate: int = 1, clip: float | None = None, **settings: Any) -> L3D:
     torch.manual_seed(1)
     target = Autoencoder(10, 5).double()
     options: dict[str, Any] = {
@@ -43,11 +48,15 @@ def fit(n_ranks: int, **settings: Any) -> L3D:
         "seed": 0,
     }
     module = L3D(target, **(options | settings))
+    name, _, shards = strategy.partition(":")
+    mesh = FSDP2Strategy(n_ranks // int(shards), int(shards)) if name == "fsdp2" else None
     trainer = L.Trainer(
         accelerator="cpu",
         devices=n_ranks,
-        strategy="ddp" if n_ranks > 1 else "auto",
-        precision="64-true",
+        strategy=mesh or (name if n_ranks > 1 else "auto"),
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+        plugins=DoublePrecision(),  # (by its name, "64-true", Lightning refuses it on a mesh)
         max_epochs=6,
         use_distributed_sampler=False,
         logger=False,
@@ -57,15 +66,19 @@ def fit(n_ranks: int, **settings: Any) -> L3D:
         num_sanity_val_steps=0,
         inference_mode=False,
     )
-    trainer.fit(module, Data(16 // n_ranks))
+    trainer.fit(module, Data(16 // n_ranks // accumulate))
     return module
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    out, ranks = sys.argv[1], int(sys.argv[2])
-    found = fit(ranks)
+    out, arguments = sys.argv[1], sys.argv[2:]
+    values = [kind(value) for kind, value in zip((int, str, int, float), arguments, strict=False)]
+    found = fit(*values)
+    joined = found.subnetworks.whole()
     if found.global_rank == 0:
-        kept = {name: value for name, value in found.state_dict().items() if "metric" not in name}
+        kept = {name: value for name, value in found.state_dict().items() if not name.startswith("subnetworks")}
+        kept = {name: value for name, value in kept.items() if "metric" not in name}
+        kept |= {f"subnetworks.{name}": value.detach() for name, value in joined.state_dict().items()}
         torch.save({"state": kept, "mean_reference": found.mean_reference}, out)

@@ -15,9 +15,17 @@ from oracles import LAYOUTS, assert_same, decomposition_problem
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
+from l3d_pl.auxiliary import auxiliary_loss
 from l3d_pl.batch_topk import batch_topk, global_threshold, n_selected
 from l3d_pl.parallel import ALONE, Ranks
-from l3d_pl.sharded import decompose_sharded, shard_of, share_gradients
+from l3d_pl.sharded import (
+    auxiliary_loss_sharded,
+    decompose_sharded,
+    errors_sharded,
+    gram_sharded,
+    reconstruct_sharded,
+    share_gradients,
+)
 from l3d_pl.step import decompose
 from l3d_pl.subnetworks import Subnetworks
 
@@ -77,23 +85,51 @@ def test_radix_selection_equals_sorting(rows: int, n: int, k: float, seed: int, 
     assert torch.equal(global_threshold(scores, count, ALONE), expected)
 
 
-@pytest.mark.distributed
-def test_ranks_make_the_step_of_one_process(tmp_path: Path) -> None:
+RUNS = {
+    "ddp of 2": ("2", "ddp"),
+    "ddp of 4": ("4", "ddp"),
+    "2 shards": ("2", "fsdp2:2"),
+    "4 shards": ("4", "fsdp2:4"),  # 2, 2, 2, 1 of 7
+    "2 replicas of 2 shards": ("4", "fsdp2:2"),
+    "2 replicas": ("2", "fsdp2:1"),
+}
+
+
+def _run(out: Path, *arguments: str) -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    found = {}
-    for size in (1, 2, 4):
-        out = tmp_path / f"{size}.pt"
-        command = [sys.executable, str(HERE / "parallel_run.py"), str(out), str(size)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found[size] = torch.load(out, weights_only=True)
-    for size in (2, 4):
-        assert_same(found[size]["mean_reference"], found[1]["mean_reference"], 1e-9)
-        for name, value in found[1]["state"].items():
-            if value.is_floating_point():
-                assert_same(found[size]["state"][name], value, 1e-9)
-            else:
-                assert torch.equal(found[size]["state"][name], value), name
+    command = [sys.executable, str(HERE / "parallel_run.py"), str(out), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+def _assert_same_run(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert_same(found["mean_reference"], expected["mean_reference"], 1e-9)
+    assert found["state"].keys() == expected["state"].keys()
+    for name, value in expected["state"].items():
+        if value.is_floating_point():
+            assert_same(found["state"][name], value, 1e-9)
+        else:
+            assert torch.equal(found["state"][name], value), name
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return _run(tmp_path_factory.mktemp("one") / "found.pt", "1")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("how", RUNS)
+def test_ranks_make_the_step_of_one_process(how: str, one_process: dict[str, Any], tmp_path: Path) -> None:
+    _assert_same_run(_run(tmp_path / "found.pt", *RUNS[how]), one_process)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2:2", "fsdp2:1"])
+def test_accumulation_and_clipping_see_all_ranks(strategy: str, tmp_path: Path) -> None:
+    """Two batches make a step, and the norm that is clipped is that of the whole gradient."""
+    expected = _run(tmp_path / "one.pt", "1", "auto", "2", "0.05")
+    _assert_same_run(_run(tmp_path / "found.pt", "2", strategy, "2", "0.05"), expected)
 
 
 def _shards_equal_one_process(ranks: Ranks, layout: str, tokens: bool) -> None:
@@ -108,14 +144,13 @@ def _shards_equal_one_process(ranks: Ranks, layout: str, tokens: bool) -> None:
     mine = torch.arange(bounds[ranks.rank], bounds[ranks.rank + 1])
     mine = torch.stack([2 * mine, 2 * mine + 1], 1).flatten() if tokens else mine
     own = {name: gradient.select(mine) for name, gradient in gradients.items()}
-    shard = shard_of(n_v, ranks.rank, ranks.size)
-    part = Subnetworks(
-        whole.shapes, shard.stop - shard.start, {name: list(r) for name, r in whole.ranks.items()}
-    ).double()
+    part = Subnetworks(whole.shapes, n_v, {name: list(r) for name, r in whole.ranks.items()}, group=ranks).double()
+    shard = part.own
     part.is_dense = whole.is_dense  # type: ignore[method-assign]
     for side, its in ((part.v_in, whole.v_in), (part.v_out, whole.v_out)):
         side.copy_({name: tucker.detach().select(shard) for name, tucker in its.tuckers().items()})
-    step = decompose_sharded(part, part.prepare(share_gradients(own, ranks)), k, n_v, ranks, ranks)
+    prepared = part.prepare(share_gradients(own, ranks))
+    step = decompose_sharded(part, prepared, k, ranks)
     step.loss.sum().backward()
 
     assert_same(step.loss.detach(), expected.loss.detach())
@@ -127,9 +162,36 @@ def _shards_equal_one_process(ranks: Ranks, layout: str, tokens: bool) -> None:
         assert other.grad is not None
         assert_same(value.grad, other.grad[shard])
 
+    codes = step.codes.detach()
+    assert_same(reconstruct_sharded(part, prepared, codes).loss, expected.loss.detach())
+    losses = whole.loss_per_parameter(whole.prepare(gradients), expected.codes.detach())
+    for name, error in zip(prepared.names, errors_sharded(part, prepared, codes[:, 0]), strict=True):
+        energy = dict(zip(prepared.names, prepared.energies(), strict=True))[name]
+        assert_same(error / energy, losses[name][0])
+    view = whole.view(whole.v_out, whole.prepare(gradients))
+    assert_same(gram_sharded(part), view.gram(view).detach())
+    weights = torch.randn(2, n_v, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for name, sums in part.combine(weights).items():
+        assert_same(sums, whole.combine(weights)[name])
+
+    dead = torch.tensor([[True, False, False, True, True, False, True]])
+    for module in (part, whole):
+        module.zero_grad()
+    mine_aux = auxiliary_loss_sharded(part, prepared, step, dead, 0.4, ranks)
+    all_aux = auxiliary_loss(whole, whole.prepare(gradients), expected, dead, 0.4)
+    assert mine_aux is not None
+    assert all_aux is not None
+    assert_same(mine_aux.detach(), all_aux.detach())
+    mine_aux.backward()
+    all_aux.backward()
+    for value, other in zip(part.parameters(), whole.parameters(), strict=True):
+        assert value.grad is not None
+        assert other.grad is not None
+        assert_same(value.grad, other.grad[shard])
+
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])  # 7 subnetworks on 5 ranks: the last owns none
 def test_sharded_subnetworks_make_the_step_of_one_process(size: int, tmp_path: Path) -> None:
     on_ranks(size, tmp_path, _all_shard_cases)
 

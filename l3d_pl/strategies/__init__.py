@@ -15,9 +15,10 @@ from l3d_pl.tucker import local
 
 def register() -> None:
     """Make the strategies known to Lightning by name."""
-    from l3d_pl.strategies import deepspeed
+    from l3d_pl.strategies import deepspeed, fsdp2
 
     deepspeed.register()
+    fsdp2.register()
 
 
 def writable_parameters(strategy: Any) -> AbstractContextManager[None]:

@@ -1,0 +1,74 @@
+"""Strategy `fsdp2`: a mesh of data x subnetworks, on Lightning's `ModelParallelStrategy`; V are DTensors.
+
+    trainer:
+      strategy:
+        class_path: l3d_pl.strategies.fsdp2.FSDP2Strategy
+        init_args: {data_parallel_size: 2, tensor_parallel_size: 4}
+
+The tensor-parallel axis is that of the subnetworks: each of its ranks owns n_v / N of V_in, V_out, their gradients and
+AdamW's moments (`l3d_pl.sharded` has the step). Ranks along the data axis hold the same shard, and see other samples.
+By its name alone, `--trainer.strategy fsdp2`, subnetworks are sharded within a node, and every node is a replica.
+
+It runs on CUDA, and on CPU with gloo.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.optim import Optimizer
+
+from l3d_pl.checkpoints import load_sharded, save_sharded
+from l3d_pl.errors import L3DError
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """V_in and V_out sharded by subnetwork.
+
+    Args:
+        data_parallel_size: replicas of every shard; "auto": the number of nodes.
+        tensor_parallel_size: shards; "auto": the devices of a node.
+
+    Raises:
+        L3DError: sizes whose product is not the number of ranks.
+    """
+
+    def __init__(
+        self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: Literal["auto"] | int = "auto",
+        **kwargs: Any,
+    ):
+        super().__init__(data_parallel_size, tensor_parallel_size, **kwargs)
+
+    def setup_environment(self) -> None:
+        ranks = self.num_nodes * self.num_processes
+        data = self.num_nodes if self._data_parallel_size == "auto" else self._data_parallel_size
+        shards = self.num_processes if self._tensor_parallel_size == "auto" else self._tensor_parallel_size
+        if data * shards != ranks:
+            raise L3DError(
+                f"trainer.strategy fsdp2: found data_parallel_size {data} x tensor_parallel_size {shards}, allowed is "
+                f"a product of {ranks}, the number of ranks ({self.num_nodes} nodes x {self.num_processes} devices)"
+            )
+        super().setup_environment()
+
+    # Every rank's part as it is: nothing is gathered to be saved.
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return optimizer.state_dict()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        save_sharded(checkpoint, Path(self.broadcast(filepath)))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return load_sharded(Path(self.broadcast(checkpoint_path)), self.lightning_module, self.optimizers)
+
+
+def register() -> None:
+    StrategyRegistry.register("fsdp2", FSDP2Strategy, description=FSDP2Strategy.__doc__, override=True)
