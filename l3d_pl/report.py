@@ -89,46 +89,10 @@ def print_score(run_dir: Path) -> None:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Pictures and the page `<run_dir>/atlas/index.html`; returns the page's path."""
-    from l3d_pl.atlas.page import subnetwork_table, write_page
-    from l3d_pl.atlas.pictures import draw_run
+    """The atlas `<run_dir>/atlas/index.html`, with what an analysis has found if there is one; returns its path."""
+    from l3d_pl.atlas.build import write_atlas
 
-    decomposition = load_run(run_dir)
-    toy, v_out = toy_of(decomposition), decomposition.directions()
-    score, unscored = try_score(run_dir) if toy else (None, "")
-    target, _ = target_tensors(decomposition) if toy else ({}, {})
-    pictures = draw_run(
-        run_dir / "atlas",
-        v_out=v_out,
-        target=target,
-        p_act=decomposition.p_act,
-        metrics=run_dir / "metrics.csv",
-        circuits=score.circuits() if score else None,
-        k=decomposition.k,
-        group_size=(toy[1].get("group_size") or 1) if toy else 1,
-    )
-    versions, commit = decomposition.provenance["versions"], decomposition.provenance["git_commit"] or "none"
-    facts = {
-        "Target model": f"{decomposition.target_class}, fingerprint {str(decomposition.target_fingerprint)[:12]}",
-        "Tensors": ", ".join(f"{name} {list(shape)}" for name, shape in decomposition.subnetworks.shapes.items()),
-        "Subnetworks, k": f"{decomposition.n_subnetworks}, {decomposition.k:g}",
-        "Divergence, reference": f"{decomposition.divergence.name}, {decomposition.reference}",
-        "Held-out loss": number(decomposition.figures.get("val/loss")),
-        "Dead": f"{int((decomposition.p_act == 0).sum())} of {decomposition.n_subnetworks}",
-        "Steps": str(decomposition.figures.get("steps", "")),
-        "Seed": str(decomposition.seed),
-        "Made with": f"l3d_pl {versions.get('l3d_pl')}, torch {versions.get('torch')}, commit {commit}",
-    }
-    if unscored:
-        facts["Ground truth"] = unscored
-    return write_page(
-        run_dir,
-        title=run_dir.resolve().name,
-        facts=facts,
-        score_rows=score.rows() if score else (),
-        pictures=pictures,
-        tables=[subnetwork_table(v_out, decomposition.p_act, score)],
-    )
+    return write_atlas(run_dir, progress=False).page
 
 
 def samples_per_second(run_dir: Path) -> float | None:
@@ -175,7 +139,7 @@ def print_summary(run_dir: Path, seconds: float) -> None:
         f"{seconds:.1f} s, {decomposition.figures.get('steps', '?')} steps"
         + (f", {speed:,.0f} samples/s" if speed else ""),
     )
-    table.add_row("page, pictures", str(run_dir / "atlas" / "index.html"))
+    table.add_row("atlas", str(run_dir / "atlas" / "index.html"))
     table.add_row("decomposition", str(run_dir / "decomposition"))
     console = Console(soft_wrap=True)
     console.print(table)

@@ -13,6 +13,7 @@ from PIL import Image
 from l3d_pl.analysis.tables import write_manifest, write_table
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.subnetworks import Subnetworks
+from l3d_pl.targets.frozen import fingerprint
 
 SHAPES = {f"blocks.{i}.attn.{part}.weight": (24, 16) for i in range(2) for part in ("q", "k", "v")} | {"head.bias": (12,)}
 DELTAS = (-1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0)
@@ -148,7 +149,7 @@ def make_run(
     counts = {name: write_table(folder, name, table) for name, table in tables.items()}
     write_manifest(
         folder,
-        {"run": str(run), "model": word(0), "fingerprint": "f" * 64, "seed": 0, "split": word(3) if hostile else "val"}
+        {"run": str(run), "model": word(0), "decomposition": fingerprint(subnetworks), "seed": 0, "split": word(3) if hostile else "val"}
         | {"n_samples": 1000, "n_references": 4, "sample": decomposition.sample, "kind": kind, "n_subnetworks": n_v}
         | {"output_kind": "value" if kind == "vector" else "probability", "tables": counts},
     )

@@ -17,9 +17,12 @@ from torch import Tensor
 from l3d_pl.analysis.tables import MANIFEST, read_manifest
 from l3d_pl.atlas.overview import overview
 from l3d_pl.atlas.panels import panels
-from l3d_pl.atlas.pictures import Picture, draw_run
+from l3d_pl.atlas.pictures import draw_run
+from l3d_pl.decomposition import Decomposition
 from l3d_pl.errors import L3DError
-from l3d_pl.report import load_run, target_tensors, toy_of, try_score
+from l3d_pl.analysis.runs import load_run
+from l3d_pl.report import target_tensors, toy_of, try_score
+from l3d_pl.targets.frozen import fingerprint
 
 STATIC = Path(__file__).parent / "static"
 MARK = "l3d_pl atlas"  # in the page's head: how a folder is known to be an atlas, and may be written over
@@ -41,18 +44,15 @@ def write_atlas(run_dir: Path, output: Path | None = None, progress: bool = True
     them in the tables, not with the tables.
 
     Raises:
-        L3DError: no finished run, a damaged table, tables of another run, or `output` is a folder of something else.
+        L3DError: no finished run, a damaged table, or `output` is a folder of something else.
     """
     if output is None:
         output = run_dir / "atlas"
     else:
         _require_ours(output)
     decomposition = load_run(run_dir)
-    analysis = run_dir / "analysis" if (run_dir / "analysis" / MANIFEST).is_file() else None
+    analysis = analysis_of(run_dir, decomposition)
     manifest = None if analysis is None else read_manifest(analysis)
-    if manifest is not None:
-        _require_same(manifest, decomposition.target_fingerprint, decomposition.n_subnetworks, run_dir)
-
     aside = output.with_name(f".{output.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -64,18 +64,18 @@ def write_atlas(run_dir: Path, output: Path | None = None, progress: bool = True
         except L3DError:
             target = {}  # `unscored` says so
         shares = norm_shares(decomposition.subnetworks.v_out.tuckers())
-        drawn: list[Picture | str] = []
-        if toy:
-            drawn = draw_run(
-                aside / "pictures",
-                v_out=decomposition.directions(),
-                target=target,
-                p_act=decomposition.p_act,
-                metrics=run_dir / "metrics.csv",
-                circuits=score.circuits() if score else None,
-                k=decomposition.k,
-                group_size=toy[1].get("group_size") or 1,
-            )
+        drawn = draw_run(
+            aside / "pictures",
+            shares=shares,
+            names=list(decomposition.subnetworks.shapes),
+            v_out=decomposition.directions() if target else None,
+            target=target,
+            p_act=decomposition.p_act,
+            metrics=run_dir / "metrics.csv",
+            circuits=score.circuits() if score else None,
+            k=decomposition.k,
+            group_size=(toy[1].get("group_size") or 1) if toy else 1,
+        )
         pages: Iterator[dict[str, Any]] = panels(decomposition, analysis, shares, target)
         for panel in track(pages, "atlas", decomposition.n_subnetworks, disable=not progress, transient=True):
             write_data(aside / "data" / f"sub_{panel['k']:05d}.js", f"subnetwork/{panel['k']}", panel)
@@ -91,6 +91,20 @@ def write_atlas(run_dir: Path, output: Path | None = None, progress: bool = True
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return Atlas(output / "index.html", *_measure(output))
+
+
+def analysis_of(run_dir: Path, decomposition: Decomposition) -> Path | None:
+    """The folder of this decomposition's tables; None where there are none, or those of an earlier fit.
+
+    Raises:
+        L3DError: a manifest that is damaged or of another version.
+    """
+    folder = run_dir / "analysis"
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(folder)
+    here = {"decomposition": fingerprint(decomposition.subnetworks), "n_subnetworks": decomposition.n_subnetworks}
+    return folder if all(manifest.get(key) == value for key, value in here.items()) else None
 
 
 def norm_shares(tuckers: Mapping[str, Any]) -> Tensor:
@@ -144,12 +158,3 @@ def _require_ours(output: Path) -> None:
         ours = False
     if not ours:
         raise L3DError(f"output: {output} is there and is no atlas; allowed is a new, an empty or an atlas's folder")
-
-
-def _require_same(manifest: Mapping[str, Any], fingerprint: str | None, n_v: int, run_dir: Path) -> None:
-    for key, here in (("fingerprint", fingerprint), ("n_subnetworks", n_v)):
-        if key in manifest and manifest[key] != here:
-            raise L3DError(
-                f"analysis: {run_dir / 'analysis'} is of another run: its {key} is {str(manifest[key])[:12]}, "
-                f"the decomposition's {str(here)[:12]}; `l3d analyze {run_dir}` makes it again"
-            )

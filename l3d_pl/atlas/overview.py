@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from l3d_pl.atlas.pictures import Picture, read_metrics
 from l3d_pl.atlas.structure import network
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.errors import L3DError
+from l3d_pl.targets.frozen import fingerprint
 
 POINTS = 300  # per curve
 CURVES = 12  # subnetworks whose P_act is drawn against the step
@@ -42,7 +42,7 @@ def overview(
     name, about = run_dir.resolve().name, manifest or {}
     return {
         "title": name,
-        "id": _identity(decomposition),
+        "id": fingerprint(decomposition.subnetworks)[:16],  # labels belong to this decomposition alone
         "analysed": analysis is not None,
         "n": decomposition.n_subnetworks,
         "k": decomposition.k,
@@ -54,8 +54,13 @@ def overview(
         "facts": _facts(decomposition, about),
         "score": score_card(decomposition, score, unscored),
         "tensors": [
-            {"name": tensor, "shape": list(shape), "ranks": list(decomposition.subnetworks.ranks[tensor])}
-            for tensor, shape in decomposition.subnetworks.shapes.items()
+            {
+                "name": tensor,
+                "shape": list(shape),
+                "ranks": list(decomposition.subnetworks.ranks[tensor]),
+                "share": shares[:, i].mean().item(),
+            }
+            for i, (tensor, shape) in enumerate(decomposition.subnetworks.shapes.items())
         ],
         "subnetworks": _subnetworks(decomposition, analysis, shares, score),
         "map": None if analysis is None else _columns(read_table(analysis, "map"), ("subnetwork", "x", "y")),
@@ -66,17 +71,9 @@ def overview(
             if isinstance(picture, str)
             else {"file": f"pictures/{picture.path.name}", "alt": picture.alt, "caption": picture.caption}
             for picture in drawn
+            if isinstance(picture, str) or picture.path.stem in ("networks", "directions")  # the page draws the others
         ],
     }
-
-
-def _identity(decomposition: Decomposition) -> str:
-    """What tells this decomposition from any other: labels belong to it alone."""
-    digest = hashlib.sha256(str(decomposition.target_fingerprint).encode())
-    for tucker in decomposition.subnetworks.v_out.tuckers().values():
-        for tensor in (tucker.core, *tucker.factors):
-            digest.update(tensor.detach().contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _facts(decomposition: Decomposition, about: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -113,9 +110,6 @@ def score_card(decomposition: Decomposition, score: ToyScore | None, unscored: s
         ("dead", f"{dead} of {n_v} ({dead / n_v:.0%})", "subnetworks that take part in no held-out sample"),
         ("L0", number(active), f"subnetworks active per sample, mean; k n_v = {decomposition.k * n_v:.3g}"),
     ]
-    for key, value in figures.items():
-        if key.startswith("val/loss/"):
-            rows.append((f"L of {key.removeprefix('val/loss/')}", number(value), "reconstruction loss of that tensor alone"))
     truth = [] if score is None else [row for row in score.rows() if row[0] not in ("loss", "dead")]
     none = "No circuits were planted in this target model: there is no ground truth to compare with."
     return {"rows": rows, "truth": truth, "note": unscored or ("" if score else none)}

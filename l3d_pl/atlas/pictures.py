@@ -316,20 +316,15 @@ def _feature_map(path: Path, matrix: Tensor, what: str, group_size: int) -> Pict
 # --- Any model --------------------------------------------------------------------------------------------------------
 
 
-def norm_shares(v_out: Mapping[str, Tensor]) -> Tensor:
-    """[n_v, tensors]: the share of each subnetwork's squared norm in each tensor of {parameter: [n_v, *shape]}."""
-    return energy_shares(torch.stack([v.detach().double().cpu().flatten(1).square().sum(1) for v in v_out.values()], 1))
-
-
-def norm_share(path: Path, v_out: Mapping[str, Tensor]) -> Picture:
+def norm_share(path: Path, shares: Tensor, names: Sequence[str]) -> Picture:
     """Share of each subnetwork's squared norm that lies in each parameter tensor; a subnetwork's shares sum to 1.
 
-    v_out: {parameter: [n_v, *shape]}. Beyond `MAX_TENSORS` tensors the smallest are summed into one row. Raises
-    L3DError for values that are not finite.
+    shares: [n_v, tensors]; names: of the tensors. Beyond `MAX_TENSORS` tensors the smallest are summed into one row.
+    Raises L3DError for values that are not finite.
     """
-    require_finite(v_out)
-    shares = norm_shares(v_out).T
-    names = [_short(name) for name in v_out]
+    require_finite({"norm shares": shares})
+    shares, n_tensors = shares.T, len(names)
+    names = [_short(name) for name in names]
     largest_share = float(shares.max())
     if len(names) > MAX_TENSORS:
         kept = sorted(shares.mean(1).argsort(descending=True)[: MAX_TENSORS - 1].tolist())
@@ -347,7 +342,7 @@ def norm_share(path: Path, v_out: Mapping[str, Tensor]) -> Picture:
         ax.set_ylabel("parameter tensor")
     mean = shares.mean(1)
     largest = ", ".join(f"{names[i]} {mean[i]:.0%}" for i in mean.argsort(descending=True)[:5].tolist())
-    alt = f"Heat map: share of squared norm of {n_v} subnetworks in {len(v_out)} tensors. Largest means: {largest}."
+    alt = f"Heat map: share of squared norm of {n_v} subnetworks in {n_tensors} tensors. Largest means: {largest}."
     return Picture(path, alt, "Share of each subnetwork's squared norm in each parameter tensor; a column sums to 1.")
 
 
@@ -452,27 +447,29 @@ def loss_curve(path: Path, metrics: Path) -> Picture:
 def draw_run(
     directory: Path,
     *,
-    v_out: Mapping[str, Tensor],
-    target: Mapping[str, Tensor],
+    shares: Tensor,
+    names: Sequence[str],
     p_act: Tensor,
     metrics: Path,
+    v_out: Mapping[str, Tensor] | None = None,
+    target: Mapping[str, Tensor] | None = None,
     circuits: Sequence[str] | None = None,
     k: float | None = None,
     group_size: int = 1,
 ) -> list[Picture | str]:
     """Every picture this run has data for, in the order of the page; a sentence in place of one that cannot be drawn.
 
-    Networks and encoder directions need a target that `layers_of` knows, and are left out otherwise. Arguments as in
-    the functions above.
+    Networks and encoder directions need v_out and a target that `layers_of` knows, and are left out otherwise.
+    Arguments as in the functions above.
     """
     directory.mkdir(parents=True, exist_ok=True)
     makers: dict[str, Callable[[Path], Picture]] = {}
-    if layers_of(target):
+    if v_out and target and layers_of(target):
         makers["networks"] = lambda path: networks(path, v_out, target, circuits=circuits, alive=p_act > 0)
         makers["directions"] = lambda path: directions(path, v_out, target, group_size=group_size)
     makers["loss"] = lambda path: loss_curve(path, metrics)
     makers["p_act"] = lambda path: p_act_histogram(path, p_act, k=k)
-    makers["norm_share"] = lambda path: norm_share(path, v_out)
+    makers["norm_share"] = lambda path: norm_share(path, shares, names)
     drawn: list[Picture | str] = []
     for name, make in makers.items():
         try:

@@ -240,9 +240,24 @@ const Data = (() => {
   const scoreTable = (rows) => el("div", { class: "scroll" }, el("table", {}, el("tbody", {}, rows.map(([figure, value, meaning]) =>
     el("tr", {}, el("th", { scope: "row", class: "data" }, figure), el("td", { class: "number" }, value), el("td", { class: "soft" }, meaning))))));
 
+  function tensorTable() {
+    const last = run.curves.tensors || {};
+    const rows = el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {},
+      ["tensor", "shape", "rank per axis"].map((t) => el("th", { scope: "col" }, t)), el("th", { scope: "col", class: "number", title: "reconstruction loss of that tensor alone, last logged in training" }, "loss L"), el("th", { scope: "col", class: "number", title: "of the subnetworks' squared norm, on average" }, "share of norm"), el("th", {}))),
+      el("tbody", {}, run.tensors.map((t, i) => el("tr", {}, el("td", { class: "data" }, t.name), el("td", {}, t.shape.join(" × ")), el("td", {}, t.ranks.join(" × ")), el("td", { class: "number" }, number(last[t.name]?.[1].at(-1))),
+        el("td", { class: "number" }, percent(t.share)), el("td", {}, el("div", { class: "bars", "aria-hidden": "true" }, el("i", { style: { width: `${100 * t.share}%`, background: colours[i] } }))))))));
+    return [el("h3", {}, "By tensor"), run.tensors.length > 12 ? el("details", {}, el("summary", {}, `${run.tensors.length} tensors`), rows) : rows];
+  }
+
+  function activity() {
+    const values = run.subnetworks.p_act.filter((v, k) => known(v) && !of("dead", k)).sort((a, b) => b - a);
+    return values.length > 1 ? Charts.lines({ series: [{ name: "", style: "s1", x: values.map((_, i) => i + 1), y: values, points: values.length <= 120 }], fromZero: true, logY: "auto", xLabel: `rank of the subnetwork (${run.n - values.length} of ${run.n} dead)`, yLabel: "P_act (share of samples)",
+      alt: `P_act of ${values.length} live subnetworks by rank, from ${percent(values[0])} to ${percent(values.at(-1))}` }) : null;
+  }
+
   function trainingCurves() {
     const c = run.curves, step = "optimizer step";
-    if (c.missing) return missing(c.missing);
+    if (c.missing) return el("div", { class: "columns" }, missing(c.missing), activity());
     const line = (name, style, pair, points) => pair && { name, style, x: pair[0], y: pair[1], points };
     const group = (entries, quietFrom) => Object.entries(entries || {}).map(([name, pair], i) => line(name, i < quietFrom ? `s${i + 1}` : "quiet", pair, pair[0].length < 8)).filter(Boolean);
     const tensors = Object.fromEntries(Object.entries(c.tensors).map(([name, pair]) => [shortName(name), pair]));
@@ -250,7 +265,8 @@ const Data = (() => {
       Charts.lines({ series: [line("train", "s1", c.loss["train/loss"]), line("held out", "s2", c.loss["val/loss"], true)].filter(Boolean), fromZero: true,
         xLabel: step, yLabel: "loss L (share of |∇D|²)", alt: "Reconstruction loss against the training step" }),
       Object.keys(tensors).length > 1 ? Charts.lines({ series: group(tensors, 4), fromZero: true, xLabel: step, yLabel: "loss of one tensor", alt: "Loss per tensor against the training step" }) : null,
-      c.n_p_act ? Charts.lines({ series: group(c.p_act, 4).map((s) => ({ ...s, name: s.style === "quiet" ? "" : `subnetwork ${s.name}` })), fromZero: true, xLabel: step, yLabel: "P_act (share of samples)",
+      activity(),
+      Object.values(c.p_act).some((pair) => pair[0].length > 1) ? Charts.lines({ series: group(c.p_act, 4).map((s) => ({ ...s, name: s.style === "quiet" ? "" : `subnetwork ${s.name}` })), fromZero: true, xLabel: step, yLabel: "P_act (share of samples)",
         alt: `P_act of ${Object.keys(c.p_act).length} of ${c.n_p_act} subnetworks against the training step` }) : null,
       c.dead ? Charts.lines({ series: [line("", "s1", c.dead)], fromZero: true, xLabel: step, yLabel: "dead (share of subnetworks)", alt: "Share of dead subnetworks against the training step" }) : null);
   }
@@ -266,17 +282,15 @@ const Data = (() => {
       el("h2", {}, "Score card"),
       el("div", { class: "columns" }, el("div", {}, el("h3", {}, "The run"), scoreTable(run.score.rows)),
         el("div", {}, el("h3", {}, "Against the ground truth"), run.score.truth.length ? scoreTable(run.score.truth) : el("p", { class: "soft data" }, run.score.note))),
+      tensorTable(),
       el("h2", {}, "Subnetworks"), filters(), table(),
       el("div", { class: "tags note" }, colours.map((c, i) => c !== OTHER && el("span", {}, el("span", { class: "swatch", style: { background: c } }), data(names[i]))),
         colours.includes(OTHER) ? el("span", {}, el("span", { class: "swatch", style: { background: OTHER } }), `${colours.filter((c) => c === OTHER).length} other tensors`) : null),
-      run.map ? [el("h2", {}, "Map"), el("p", { class: "note" }, "Near each other: similar directions (|cos|). Larger: active on more samples. Colour: the tensor that holds most of the norm; grey: dead. A point opens its subnetwork."),
-        el("figure", { id: "map", class: "far" }, map())] : null,
-      el("h2", {}, "Training"), trainingCurves(),
       run.pictures.length ? [el("h2", {}, "Pictures"), el("div", { class: "pictures columns" }, run.pictures.map((p) => p.words ? missing(p.words) :
-        el("figure", {}, el("img", { src: p.file, alt: p.alt, loading: "lazy" }), el("figcaption", {}, p.caption))))] : null,
-      el("h2", {}, "Tensors"),
-      el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ["tensor", "shape", "rank per axis"].map((t) => el("th", { scope: "col" }, t)))),
-        el("tbody", {}, run.tensors.map((t) => el("tr", {}, el("td", { class: "data" }, t.name), el("td", {}, t.shape.join(" × ")), el("td", {}, t.ranks.join(", "))))))),
+        el("figure", {}, el("img", { src: p.file, alt: p.alt }), el("figcaption", {}, p.caption))))] : null,
+      run.map ? [el("h2", {}, "Map"), el("p", { class: "note" }, "Near each other: similar directions (|cos|). Larger: active on more samples. Colour: the tensor that holds most of the norm; grey: dead. A point opens its subnetwork."),
+        el("figure", { id: "map" }, map())] : null,
+      el("h2", {}, "Training and activity"), trainingCurves(),
       el("p", { class: "note", id: "size" }, `This atlas: ${s.files} files, ${number(s.bytes / 1e6)} MB; nothing is loaded from a network. Keys: ← → step through the table's order, Esc comes back here, / filters.`),
     ];
   }
@@ -313,10 +327,9 @@ const Data = (() => {
 
   const moves = (s) => el("div", { class: "moves" }, [["raised", "▲", "up", "raises"], ["lowered", "▼", "down", "lowers"]].map(([way, sign, style, word]) =>
     s[way].length ? el("div", {}, el("span", { class: style, title: word }, sign), s[way].slice(0, 5).map(([name, derivative, p]) =>
-      el("span", { class: "chip", title: `${word} ${name}: d ${unit()} / dδ = ${number(derivative)}; ${unit()} ${number(p)} at δ = 0` }, visible(name)))) : null));
+      el("span", { class: "chip", title: `${word} ${name}: d ${unit()} / dδ = ${number(derivative)}; ${unit()} ${number(p)} at δ = 0` }, visible(name), run.output_kind === "probability" ? null : el("span", { class: "soft" }, `: ${derivative > 0 ? "+" : ""}${number(derivative)}`)))) : null));
 
-  const about = (s, item) => [`sample ${s.sample}${s.position >= 0 ? `, position ${s.position}` : ""} · impact ${plusMinus(s.impact, s.impact_se)} · c ${number(s.coefficient)}${s.active ? "" : " · not active"}`,
-    item?.label ? [" · ", data(item.label)] : null];
+  const about = (s, item) => [item?.label ? ["label ", data(item.label), " · "] : null, `sample ${s.sample}${s.position >= 0 ? `, position ${s.position}` : ""} · impact ${plusMinus(s.impact, s.impact_se)} · c ${number(s.coefficient)}${s.active ? "" : " · not active"}`];
 
   function samplesSection(panel) {
     const box = el("div", { id: "samples" });
@@ -332,10 +345,10 @@ const Data = (() => {
       box.replaceChildren(
         el("div", { class: "row controls" }, kinds.map((k) => press({ top: "highest impact", middle: "middle of the active ones", random: "random" }[k], k, "kind")), el("span", { class: "gap" }),
           text && attributed ? ["colour: ", press("coefficient", "coefficient", "tokens"), press("attribution of the marked one", "attribution", "tokens")] : null,
-          image && attributed ? el("label", {}, (() => { const tick = el("input", { type: "checkbox", id: "attribution", onchange: (e) => { view.attribution = e.target.checked; draw(); } }); tick.checked = view.attribution; return tick; })(), " attribution") : null),
+          image && attributed ? el("label", {}, (() => { const tick = el("input", { type: "checkbox", id: "attribution", onchange: (e) => { view.attribution = e.target.checked; draw(); } }); tick.checked = view.attribution; return tick; })(), ` attribution (of ${rows.filter((s) => s.attribution).length} of ${rows.length})`) : null),
         el("p", { class: "note" }, { top: "Samples by impact, the highest first", middle: "Samples around the median impact of the active ones", random: "Samples drawn at random" }[kind],
-          text ? "; colour: orange for positive, blue for negative, scaled to each text; the box marks the position that the impact belongs to" : image ? "; orange parts of a picture raise the coefficient, blue ones lower it" : "", `. ▲▼ ${unit()} names that move most along +v.`),
-        image ? el("div", { class: `cards${view.attribution ? "" : " hide-attribution"}` }, shown.map((s) => el("div", { class: "card", "data-sample": s.sample }, itemView(items(s), s), el("div", { class: "soft" }, about(s, items(s))), moves(s))))
+          text ? "; colour: orange for positive, blue for negative, scaled to each text; the box marks the position that the impact belongs to" : image ? "; orange parts of a picture raise the coefficient, blue ones lower it" : "", text && run.output_kind === "probability" ? ". ▲▼ the next tokens after the box whose probability v raises and lowers most." : run.output_kind === "probability" ? ". ▲▼ the outputs whose probability v raises and lowers most." : ". ▲▼ outputs that v raises and lowers most, with d output / dδ."),
+        !text ? el("div", { class: `cards${view.attribution ? "" : " hide-attribution"}` }, shown.map((s) => el("div", { class: "card", "data-sample": s.sample }, itemView(items(s), s), el("div", { class: "soft" }, about(s, items(s))), moves(s))))
           : el("div", {}, shown.map((s) => el("div", { class: "sample", "data-sample": s.sample }, el("div", { class: "about" }, about(s, items(s))), itemView(items(s), s, view.tokens), moves(s)))),
         rows.length > shown.length ? el("div", { class: "row controls" }, el("button", { id: "more", onclick: () => { all = true; draw(); } }, `Show all ${rows.length}`)) : "");
     }
@@ -348,11 +361,12 @@ const Data = (() => {
     if (!deltas.length) return null;
     const zero = deltas.reduce((best, d, i) => (Math.abs(d) < Math.abs(deltas[best]) ? i : best), 0);
     const at = el("output", { id: "delta-value" }), bars = [];
+    const strong = new Set((panel.samples.top || []).map((s) => `${s.sample} ${s.position}`));
     const grid = el("div", { class: "effects" }, cases.map((c) => {
       const item = panel.items[c.sample], [low, high] = run.output_kind === "probability" ? [0, Math.max(...c.outputs.flatMap((o) => o[1].filter(known)), 0.02)] : Charts.extent(c.outputs.flatMap((o) => o[1]).concat(0));
       const place = (v) => (100 * (v - low)) / (high - low || 1);
       return el("div", { class: "effect", "data-sample": c.sample },
-        el("div", { class: "about note" }, `sample ${c.sample}${c.position >= 0 ? `, position ${c.position}` : ""}`, item?.label ? [" · ", data(item.label)] : null),
+        el("div", { class: "about note" }, `sample ${c.sample}${c.position >= 0 ? `, position ${c.position}` : ""}, ${strong.has(`${c.sample} ${c.position}`) ? "of high impact" : "for comparison"}`, item?.label ? [" · label ", data(item.label)] : null),
         el("div", { class: "context" }, !item ? null : item.kind === "text" ? tokens({ ...item, tokens: item.tokens.slice(Math.max(0, c.position - item.first - 7), c.position >= 0 ? c.position - item.first + 1 : 12), first: item.first + Math.max(0, c.position - item.first - 7) }, c, "none")
           : item.kind === "image" ? null : Charts.vector(item.values, "Input vector", 190, 34)),
         c.outputs.map(([name, values]) => {
@@ -362,7 +376,7 @@ const Data = (() => {
             bar.style.left = `${known(v) ? from : 0}%`;
             bar.style.width = `${known(v) ? Math.max(to - from, 0.4) : 0}%`;
             bar.className = v < 0 ? "value negative" : "value";
-            text.textContent = number(v);
+            text.textContent = run.output_kind === "probability" && known(v) ? (v < 0.0005 ? "< 0.001" : v.toFixed(3)) : number(v);
           });
           return el("div", { class: "meter" }, data(visible(name), { title: name }), el("div", { class: "track" }, bar,
             known(base) && deltas[zero] === 0 ? el("i", { class: "base", style: { left: `calc(${place(base)}% - 1px)` }, title: `${number(base)} at δ = 0` }) : null), text);
@@ -387,13 +401,13 @@ const Data = (() => {
     const of = (column) => entries.map(([control, c]) => ({ name: called[control] || control, style: style[control] || "s3", x: c.delta, y: c[column], points: true }));
     const own = panel.curves.subnetwork, xLabel = "δ (length of the step along the direction)";
     const local = panel.locality || {};
-    const kl = run.divergence === "kl" ? "KL (nats)" : "divergence D";
+    const kl = run.divergence === "kl" ? "KL (nats), inactive" : "D, inactive samples";
     return [el("h2", {}, "Interventions"),
       el("p", { class: "note" }, "Relevant samples: those of highest impact; irrelevant: others. Selectivity: mean summed |change of outputs| of the relevant over the irrelevant ones. Controls: random unit directions of the same rank, and the mean gradient's direction."),
       el("div", { class: "columns" },
-        Charts.lines({ series: of("selectivity"), xLabel, yLabel: "selectivity (ratio, log scale)", logY: true, reference: 1, alt: `Selectivity of subnetwork ${panel.k} against delta, with controls` }),
-        own && Charts.lines({ series: [{ name: "relevant samples", style: "s1", x: own.delta, y: own.relevant, points: true }, { name: "irrelevant samples", style: "s2", x: own.delta, y: own.irrelevant, points: true }], xLabel, yLabel: "mean summed |change of outputs|", fromZero: true, alt: `Change of outputs of relevant and irrelevant samples against delta` }),
-        Charts.lines({ series: of("kl_inactive"), xLabel, yLabel: `${kl}, where inactive`, fromZero: true, alt: `Side effects: divergence from the unchanged model on samples where subnetwork ${panel.k} is inactive` }),
+        Charts.lines({ series: of("selectivity"), xLabel, yLabel: "selectivity (ratio, log)", logY: true, reference: 1, alt: `Selectivity of subnetwork ${panel.k} against delta, with controls` }),
+        own && Charts.lines({ series: [{ name: "relevant samples", style: "s1", x: own.delta, y: own.relevant, points: true }, { name: "irrelevant samples", style: "s2", x: own.delta, y: own.irrelevant, points: true }], xLabel, yLabel: "summed |change of outputs|", fromZero: true, alt: `Change of outputs of relevant and irrelevant samples against delta` }),
+        Charts.lines({ series: of("kl_inactive"), xLabel, yLabel: kl, fromZero: true, logY: "auto", alt: `Side effects: divergence from the unchanged model on samples where subnetwork ${panel.k} is inactive` }),
         Charts.lines({ series: of("loss_change"), xLabel, yLabel: "change of the task's loss", reference: 0, alt: `Change of the task's loss against delta` }),
         local.delta ? Charts.lines({ series: [{ name: "change of D", style: "s1", x: local.delta, y: local.change, points: true }, { name: "linear prediction", style: "s2", x: local.delta, y: local.linear, points: true }], xLabel, yLabel: "change of D, mean", alt: `Change of the divergence along subnetwork ${panel.k} and its linear prediction: how far the local picture holds` }) : null)];
   }
@@ -403,12 +417,12 @@ const Data = (() => {
     const cell = Math.min(24, Math.max(1.5, Math.min(430 / columns, 260 / rows)));
     const pooled = (n, of) => (n < of ? `, ${n} cells of ${of}` : "");
     const alt = `${words}, ${rows} by ${columns}, largest |value| ${number(cells.largest)}`;
-    return el("figure", {}, Charts.heatMap({ values, rows, columns, alt, width: columns * cell, height: rows * (aspect || cell) }),
+    return el("figure", {}, Charts.heatMap({ values, rows, columns, alt, width: columns * cell, height: rows * (aspect || (rows === 1 ? 14 : cell)) }),
       el("figcaption", {}, `${words}${pooled(columns, cells.of_columns)}${pooled(rows, cells.of_rows)}; full colour: ±${number(cells.largest)}`));
   }
 
   function structureSection(panel) {
-    const parts = panel.tensors.map((t) => el("div", {}, el("h3", {}, data(run.tensors[t.tensor].name), " ", el("span", { class: "soft" }, `${t.shape.join(" × ")}, rank ${t.ranks.join(", ")}, ${percent(panel.shares.find((s) => s[0] === t.tensor)?.[1])} of the squared norm`)),
+    const parts = panel.tensors.map((t) => el("div", {}, el("h3", {}, data(run.tensors[t.tensor].name), " ", el("span", { class: "soft" }, `${t.shape.join(" × ")}, rank ${t.ranks.join(" × ")}, ${percent(panel.shares.find((s) => s[0] === t.tensor)?.[1])} of the squared norm`)),
       t.whole ? heat(t.whole, t.shape.length === 1 ? "the vector" : t.shape.length === 2 ? "the matrix, axis 0 downwards" : "the tensor, axis 0 downwards, the others in a row") : null,
       (t.modes || []).map((m, axis) => heat(m, `axis ${axis} (${t.shape[axis]} units): ${m.rows === 1 ? "its direction" : `${m.rows} of ${m.of} directions, strongest first; singular values ${m.values.slice(0, 4).map(number).join(", ")}${m.values.length > 4 ? " …" : ""}`}`, 14)),
       t.whole || t.modes ? null : missing("values that are not finite")));
@@ -436,7 +450,7 @@ const Data = (() => {
       ["Impact", known(of("impact_mean", k)) ? plusMinus(of("impact_mean", k), of("impact_se", k)) : null],
       ["Active samples", known(of("active_samples", k)) ? number(of("active_samples", k)) : null],
       ["Positive coefficients", known(of("positive_share", k)) ? percent(of("positive_share", k)) : null],
-      ["Ground truth", circuit]].filter(([, v]) => v !== null);
+    ].filter(([, v]) => v !== null);
     return [
       el("div", { class: "row" }, el("h1", {}, `Subnetwork ${k}`), circuit ? data(circuit, { class: "soft" }) : null, el("span", { class: "gap" }), el("label", {}, "Label ", input)),
       el("dl", { class: "facts" }, facts.map(([key, value]) => el("div", {}, el("dt", {}, key), el("dd", { class: "data" }, value)))),
@@ -469,9 +483,10 @@ const Data = (() => {
       fill("overview", (kept ??= [overviewPage()].flat(3).filter(Boolean)), again);
       return;
     }
-    let content;
-    try { content = panelPage(await Data.panel(k)); } catch (error) { content = missing(`Subnetwork ${k}: ${error.message}.`); }
+    let panel = null, content;
+    try { panel = await Data.panel(k); } catch (error) { content = missing(`Subnetwork ${k}: ${error.message}.`); }
     if (turn !== asked) return; // another page was asked for meanwhile
+    if (panel) content = panelPage(panel);
     current = k;
     const place = view.order.indexOf(k);
     document.getElementById("steps").hidden = false;

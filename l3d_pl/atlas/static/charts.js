@@ -39,6 +39,8 @@ const Charts = (() => {
       : String(Number(value.toPrecision(3)));
     return text.replace(/-/g, "−");
   }
+  /** What stands at an axis: short, whatever the size. */
+  const tick = (value) => (value !== 0 && (Math.abs(value) >= 1e4 || Math.abs(value) < 1e-3) ? value.toExponential().replace("e+", "e").replace(/-/g, "−") : number(value));
   const percent = (share) => (!known(share) ? "–" : share > 0 && share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(1).replace(/\.0$/, "")} %`);
   const plusMinus = (value, error) => (known(error) ? `${number(value)} ± ${number(Number(error.toPrecision(2)))}` : number(value));
 
@@ -92,11 +94,11 @@ const Charts = (() => {
     const axes = svg("g", { class: "axes" });
     for (const t of sy.ticks) {
       axes.append(svg("line", { class: "grid", x1: box.left, x2: box.right, y1: sy(t), y2: sy(t) }));
-      axes.append(svg("text", { x: box.left - 7, y: sy(t) + 4, "text-anchor": "end" }, number(t)));
+      axes.append(svg("text", { x: box.left - 7, y: sy(t) + 4, "text-anchor": "end" }, tick(t)));
     }
     for (const t of sx.ticks) {
       axes.append(svg("line", { class: "tick", x1: sx(t), x2: sx(t), y1: box.bottom, y2: box.bottom + 4 }));
-      axes.append(svg("text", { x: sx(t), y: box.bottom + 17, "text-anchor": "middle" }, number(t)));
+      axes.append(svg("text", { x: sx(t), y: box.bottom + 17, "text-anchor": "middle" }, tick(t)));
     }
     axes.append(svg("line", { class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom }));
     axes.append(svg("text", { class: "name", x: (box.left + box.right) / 2, y: height - 6, "text-anchor": "middle" }, xLabel));
@@ -113,8 +115,14 @@ const Charts = (() => {
         s.at.length > 1 && svg("line", { class: `series ${s.style}`, x1: 1, x2: 25, y1: 5, y2: 5 }),
         (s.points || s.at.length === 1) && svg("circle", { class: `dot ${s.style}`, cx: 13, cy: 5, r: 2.6 })), s.name)));
 
-  /** Lines with points. series: [{name, style, x, y, points}]; style is a CSS class: colour and dashes. */
+  /** Lines with points. series: [{name, style, x, y, points}]; style is a CSS class: colour and dashes. logY "auto":
+   *  logarithmic where a few values dwarf the others. */
   function lines({ series, xLabel, yLabel, alt, logX = false, logY = false, fromZero = false, reference = null, ...rest }) {
+    if (logY === "auto") {
+      const values = series.flatMap((s) => s.y).filter((v) => known(v) && v !== 0).sort((a, b) => a - b);
+      logY = values.length > 2 && values[0] > 0 && values.at(-1) > 100 * values[Math.floor(values.length / 2)];
+      if (logY) yLabel += " (log)";
+    }
     const usable = series.map((s) => ({ ...s, at: s.x.map((x, i) => [x, s.y[i]]).filter(([x, y]) =>
       known(x) && known(y) && (!logY || y > 0) && (!logX || x > 0)) })).filter((s) => s.at.length);
     if (!usable.length) return null;
