@@ -5,8 +5,9 @@
     l3d plan --config CONFIG --nodes 8 --gpus 8 --memory 80     what a run takes on a cluster, strategy by strategy
     l3d target --config CONFIG [--output FILE]                  train a target model
     l3d score DIR                                               ground-truth table of a finished toy run
-    l3d report DIR                                              pictures and page of a finished run
+    l3d report DIR                                              the atlas again, without an analysis
     l3d export CHECKPOINT DIR                                   a checkpoint's decomposition; --checkpoint: as one file
+    l3d atlas DIR [--output DIR]                                pages to read in a browser; analyses first if need be
     l3d analyze DIR                                             what each subnetwork does, as tables: DIR/analysis
     l3d intervene DIR --subnetwork 3 --delta -1 1               push subnetworks and see what changes
     l3d compare DIR_A DIR_B                                     match the subnetworks of two runs
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report": report_command,
         "export": export_command,
         "analyze": analyze_command,
+        "atlas": atlas_command,
         "intervene": intervene_command,
         "compare": compare_command,
         "slurm": slurm_command,
@@ -242,6 +244,22 @@ def report_command(args: list[str]) -> None:
     parser = OneLineParser(prog="l3d report", description="Pictures and HTML page of a finished run.")
     parser.add_argument("dir", help="a run's directory, such as runs/tms")
     print(write_report(Path(parser.parse_args(args).dir)))
+
+
+def atlas_command(args: list[str]) -> None:
+    from l3d_pl.analysis.runs import load_run
+    from l3d_pl.atlas.build import analysis_of, require_ours, write_atlas
+
+    parser = OneLineParser(prog="l3d atlas", description="A folder of static files that show a run (docs/atlas.md).")
+    parser.add_argument("dir", type=Path, help="a run's directory; it is analysed first where that is not done")
+    parser.add_argument("--output", type=Path, default=None, help="where the atlas goes (default: DIR/atlas)")
+    known = parser.parse_args(args)
+    if known.output is not None:
+        require_ours(known.output)
+    if analysis_of(known.dir, load_run(known.dir)) is None:
+        analyze_command([str(known.dir)])
+    atlas = write_atlas(known.dir, known.output)
+    print(f"{atlas.page} ({atlas.files} files, {atlas.size / 1e6:.1f} MB)", flush=True)
 
 
 def export_command(args: list[str]) -> None:

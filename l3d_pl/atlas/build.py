@@ -49,7 +49,7 @@ def write_atlas(run_dir: Path, output: Path | None = None, progress: bool = True
     if output is None:
         output = run_dir / "atlas"
     else:
-        _require_ours(output)
+        require_ours(output)
     decomposition = load_run(run_dir)
     analysis = analysis_of(run_dir, decomposition)
     manifest = None if analysis is None else read_manifest(analysis)
@@ -148,7 +148,8 @@ def _measure(folder: Path) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
-def _require_ours(output: Path) -> None:
+def require_ours(output: Path) -> None:
+    """Raise an L3DError unless an atlas may be put there: nothing is, or an empty folder, or an older atlas."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     page = output / "index.html"
