@@ -10,13 +10,14 @@ Memory is that of the rank that needs most: one that starts and repairs, and so 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ from l3d_pl.tucker import Matrices
 GB = 1e9
 SPARE = 0.1  # of a GPU's memory, for the driver, libraries' workspaces and fragmentation
 FLOP_PER_BYTE = 1000  # a byte sent counts as so many FLOP, to compare strategies: 25 TFLOP/s beside 25 GB/s
-DEEPSPEED_BUCKET = 200_000_000  # values in each of its two buffers for reducing, by Lightning's default
+SIMPLER = 1.2  # of two strategies the simpler is taken where it costs no more than this times the other
+DEEPSPEED_BUCKET = 200_000_000  # values, at most, in each of its two buffers for reducing (Lightning's default)
 
 # -- shapes in place of tensors ----------------------------------------------------------------------------------------
 
@@ -62,12 +64,12 @@ def untrained_on_meta(target: Mapping[str, Any]) -> nn.Module:
     Raises:
         L3DError: there is no such model, or no config.json.
     """
-    init_args = dict(target.get("init_args") or {})
+    init_args: dict[str, Any] = dict(target.get("init_args") or {})
     module, _, name = target["class_path"].rpartition(".")
     if module == "l3d_pl.targets.hub" and name in ("language_model", "image_classifier"):
         return _from_config(name, **init_args)
     if module == "l3d_pl.targets.vision":
-        init_args |= {"torchvision_model": {"weights": None}, "timm_model": {"pretrained": False}}[name]
+        init_args |= {"weights": None} if name == "torchvision_model" else {"pretrained": False}
     init = {"class_path": target["class_path"], "init_args": init_args}
     try:
         with torch.device("meta"):
@@ -115,7 +117,7 @@ def _from_config(
         raise L3DError(f"target {pretrained}: {reason.strip()}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    model.config.use_cache = False
+    model.config.use_cache = False  # type: ignore[union-attr]
     return model
 
 
@@ -172,7 +174,7 @@ class Trace(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention by a fused kernel: on the meta device torch would take the one that keeps all [positions, positions]."""
+    """Attention by a fused kernel: for shapes torch would take the one that keeps all [positions, positions]."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -206,9 +208,9 @@ def _fused_attention(
 
 
 # Backward nodes of operations that look at each position by itself; any other is taken to mix positions.
-_BY_POSITION = frozenset(
-    "View UnsafeView Reshape Alias Clone ToCopy Mm Addmm Add Sub Mul Div Neg Pow Sqrt Rsqrt Mean Where Split Gelu Silu "
-    "Relu Tanh Sigmoid Elu Softplus Exp NativeLayerNorm FusedRmsNorm NativeDropout".split()
+_BY_POSITION = re.compile(
+    "(View|UnsafeView|Reshape|Alias|Clone|ToCopy|Mm|Addmm|Add|Sub|Mul|Div|Neg|Pow|Sqrt|Rsqrt|Mean|Where|Split|Gelu|Silu|"
+    r"Relu|Tanh|Sigmoid|Elu|Softplus|Exp|NativeLayerNorm|FusedRmsNorm|NativeDropout)Backward\d*"
 )
 
 
@@ -228,7 +230,7 @@ class PlannedPasses(TokenPasses):
             seen.add((node, is_below))
             if is_below:
                 below.add(node)
-            is_below = is_below or re.sub(r"Backward\d*$", "", node.name()) not in _BY_POSITION
+            is_below = is_below or _BY_POSITION.fullmatch(node.name()) is None
             ahead += [(parent, is_below) for parent, _ in node.next_functions if parent is not None]
         self.local = frozenset(i for i, edge in enumerate(capture.edges) if edge.node not in below)
         others = {edge.node for i, edge in enumerate(capture.edges) if i not in self.local}
@@ -358,7 +360,7 @@ class StepCosts:
     """c = V_in g, L, and its gradients (step.py, sharded.py) on one rank: bytes beside V and D and A, and FLOP.
 
     Attributes:
-        side: bytes of V_in, or of V_out, as this rank holds them; gradients and each of Adam's moments are two of these.
+        side: bytes of this rank's V_in, or V_out; gradients and each of Adam's moments are two of these.
         peak: bytes of all intermediate results and of the new gradients, at the most.
         passing: of these, what is there of other ranks' shards.
         block: bytes of the gradients of all samples that are laid out dense.
@@ -383,10 +385,10 @@ def step_costs(subnetworks: Subnetworks, gradients: Mapping[str, SampleGradient]
     Args:
         chunk: values that one intermediate result may have (`Subnetworks.chunk`).
     """
-    n, everyone, shards = subnetworks.v_out.n, subnetworks.n_subnetworks, subnetworks.group.size
+    n, everyone, shards = subnetworks.own.stop, subnetworks.n_subnetworks, subnetworks.group.size  # of the first rank
     samples = next(iter(gradients.values())).n_samples
     pairs = samples * n
-    one = sum(tensor.numel() for tensor in subnetworks.v_out.parameters()) // max(1, n)
+    one = sum(tensor.numel() for tensor in subnetworks.v_out.parameters()) // subnetworks.v_out.n
     held = passing = multiplications = dense_values = blocks = largest = merged_products = products = 0
     for name, gradient in gradients.items():
         shape, ranks = subnetworks.shapes[name], subnetworks.ranks[name]
@@ -544,12 +546,6 @@ class World:
         return self.nodes * self.gpus
 
 
-@contextmanager
-def _on_meta() -> Iterator[None]:
-    with torch.device("meta"), torch.no_grad():
-        yield
-
-
 class Planner:
     """All strategies for one model and batch.
 
@@ -562,6 +558,9 @@ class Planner:
     def __init__(self, model: L3D, batch: Any, world: World):
         self.model, self.world = model, world
         self.extracted = trace_extraction(model, batch)
+        with torch.device("meta"):
+            self.subnetworks: Subnetworks = model._make_subnetworks()
+        self.largest_parameter = max(parameter.numel() for parameter in self.subnetworks.parameters())
         tensors = [*model.target.parameters(), *model.target.buffers()]
         self.target = sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
         chosen = sum(t.numel() * t.element_size() for t in model.extractor.parameters.values())
@@ -569,18 +568,19 @@ class Planner:
 
     def costs(self, shards: int) -> StepCosts:
         """The step of one of `shards` ranks that share their samples' gradients."""
-        with _on_meta():
-            subnetworks = self.model._make_subnetworks(group=Absent(shards) if shards > 1 else ALONE)
-            gradients = {name: repeated(g, shards) for name, g in self.extracted.gradients.items()}
+        subnetworks = copy.copy(self.subnetworks)
+        subnetworks.group = Absent(shards) if shards > 1 else ALONE
+        subnetworks.own = subnetworks.group.shard_of(self.subnetworks.v_out.n)
+        gradients = {name: repeated(g, shards) for name, g in self.extracted.gradients.items()}
         return step_costs(subnetworks, gradients, chunk_of(subnetworks, self.world.cuda))
 
+    @cached_property
     def anchors(self) -> tuple[int, int]:
         """Bytes of the samples that the start and swaps are made from, and bytes while they are collected."""
         model, extracted = self.model, self.extracted
         if model.init != "gradients" and not model.swap_every and not model.revive_every:
             return 0, 0
-        with _on_meta():
-            subnetworks = model._make_subnetworks()
+        subnetworks = self.subnetworks
         limit = math.inf if self.world.rows is None else self.world.rows * extracted.n_samples // self.batch_size
         restarts, n = subnetworks.restarts, subnetworks.n_subnetworks
         total = model.init_samples * restarts + (model.swap_samples if model.swap_every else 0)
@@ -612,22 +612,14 @@ class Planner:
 
     def plans(self) -> list[Plan]:
         """Every strategy that this many ranks allow."""
-        whole, ranks = self.costs(1), self.world.ranks
+        whole, ranks, subnetworks = self.costs(1), self.world.ranks, self.subnetworks
         plans = [self.plan("ddp" if ranks > 1 else "auto", whole, 1)]
-        if self._restarts == 1:
-            splits = [size for size in range(2, ranks + 1) if ranks % size == 0 and size <= self._n]
-            plans += [self.plan("fsdp2", self.costs(size), size) for size in splits]
+        if subnetworks.restarts == 1:
+            sizes = [size for size in range(2, ranks + 1) if ranks % size == 0 and size <= subnetworks.n_subnetworks]
+            plans += [self.plan("fsdp2", self.costs(size), size) for size in sizes]
         for stage, offload in ((1, False), (2, False), (3, False), (2, True), (3, True)):
             plans.append(self.plan(f"deepspeed_stage_{stage}" + "_offload" * offload, whole, 1, stage, offload))
         return plans
-
-    @property
-    def _restarts(self) -> int:
-        return int(self.model.threshold.value.shape[0])
-
-    @property
-    def _n(self) -> int:
-        return int(self.model.p_act.shape[1])
 
     def plan(self, strategy: str, costs: StepCosts, shards: int, stage: int = 0, offload: bool = False) -> Plan:
         """One strategy, laid out as its own files say: step.py, sharded.py, strategies/."""
@@ -644,20 +636,22 @@ class Planner:
             data = ranks // shards
             sent["V_out"] = (shards - 1) * costs.side
             sent["D and A"] = (shards - 1) * extracted.captured
-            sent["codes"] = (shards - 1) * 4 * shards * extracted.n_samples * -(-self._n // shards)
+            sent["codes"] = (
+                (shards - 1) * 4 * shards * extracted.n_samples * -(-self.subnetworks.n_subnetworks // shards)
+            )
             if data > 1:
                 sent["gradients"] = int(2 * (data - 1) / data * v)
         elif stage:
             optimizer = 2 * v // ranks
             parameters = v + v // ranks if stage < 3 else 2 * v // ranks  # with the master copy
             old_gradients = v if stage == 1 else v // ranks
-            extra = (v if stage == 3 else 0) + 2 * 4 * min(DEEPSPEED_BUCKET, v // 4)
+            extra = (v if stage == 3 else 0) + 2 * 4 * min(DEEPSPEED_BUCKET, self.largest_parameter)
             sent["gradients"], sent["V"] = int(around * v), int(around * v)
             if offload:
                 own = v // ranks
                 host = self.world.gpus * (own + 2 * own + own + (own if stage == 3 else 0))
                 parameters, optimizer, old_gradients = (v if stage < 3 else 0), 0, 0
-        anchors, collecting = self.anchors()
+        anchors, collecting = self.anchors
         target = self.sharded_target if getattr(self.model, "shard_target", False) else self.target
         always = parameters + target + anchors + extra
         trained = always + old_gradients + optimizer
@@ -738,7 +732,7 @@ def complete(
             plan.hours = plan.seconds * steps / 3600
 
 
-def recommend(plans: list[Plan]) -> tuple[Plan | None, str]:
+def recommend(plans: Sequence[Plan]) -> tuple[Plan | None, str]:
     """The plan to take, and why; None where nothing fits."""
     fitting = [plan for plan in plans if plan.fits is not False]
     if not fitting:
@@ -749,13 +743,13 @@ def recommend(plans: list[Plan]) -> tuple[Plan | None, str]:
             f"{nearest.memory[largest] / GB:.1f} GB of them {largest}: lower {HELP[largest]}"
         )
     # What is moved to the host's memory is stepped on there, which FLOP and bytes do not show.
-    best = min(fitting, key=lambda plan: (plan.host > 0, plan.cost))
+    least = min(fitting, key=lambda plan: (plan.host > 0, plan.cost))
+    best = next(plan for plan in fitting if plan.host == 0 or least.host > 0 if plan.cost <= SIMPLER * least.cost)
     if len(fitting) == 1:
         return best, "nothing else fits"
-    said = "of what fits, " if best.fits else ""
     return best, (
-        f"{said}it computes and sends the least: {best.flop / 1e12:.3g} TFLOP and "
-        f"{sum(best.sent.values()) / GB:.3g} GB per GPU and step, a byte counted as {FLOP_PER_BYTE} FLOP"
+        f"the simplest {'that fits ' if best.fits else ''}within a fifth of the least work: {_si(best.flop)}FLOP and "
+        f"{_si(sum(best.sent.values()))}B sent per GPU and step, a byte counted as {FLOP_PER_BYTE} FLOP"
     )
 
 
@@ -781,34 +775,36 @@ def print_plans(
         print(json.dumps(result, indent=1))
         return
     console = Console()
-    console = console if console.is_terminal else Console(width=160)
-    table = Table(title="GB per GPU", title_justify="left")
+    console = console if console.is_terminal else Console(width=170)
+    unit = _unit(min(GB, max(plan.peak for plan in plans)))
+    table = Table(title=f"{unit[0]}B per GPU", title_justify="left")
     table.add_column("strategy", no_wrap=True)
     for column in (*plans[0].memory, "peak"):
-        table.add_column(column, justify="right")
+        table.add_column(column.replace("communication", "comm."), justify="right")
     table.add_column("in")
     table.add_column("fits")
     for plan in plans:
         fits = "" if plan.fits is None else "yes" if plan.fits else "no"
-        cells = [_gb(value) for value in (*plan.memory.values(), plan.peak)]
+        cells = [_in(unit, value) for value in (*plan.memory.values(), plan.peak)]
         table.add_row(plan.name, *cells, plan.when, fits)
     console.print(table)
+    flop, sent = _unit(max(plan.flop for plan in plans)), _unit(max(sum(plan.sent.values()) for plan in plans))
     table = Table(title="per GPU and step", title_justify="left")
     table.add_column("strategy", no_wrap=True)
-    for column in ("TFLOP", "GB sent", "seconds", "hours in all", "host GB per node"):
+    for column in (f"{flop[0]}FLOP", f"{sent[0]}B sent", "seconds", "hours in all", "GB of a node's own memory"):
         table.add_column(column, justify="right")
     table.add_column("what is sent", overflow="fold")
     for plan in plans:
-        told = ", ".join(f"{what} {_gb(value)}" for what, value in plan.sent.items() if value)
+        told = ", ".join(f"{what} {_in(sent, value)}" for what, value in plan.sent.items() if value)
         seconds, hours = (f"{value:.3g}" if value is not None else "?" for value in (plan.seconds, plan.hours))
-        host = _gb(plan.host) if plan.host else ""
-        table.add_row(plan.name, f"{plan.flop / 1e12:.3g}", _gb(sum(plan.sent.values())), seconds, hours, host, told)
+        host, total = _in(("G", GB), plan.host) if plan.host else "", sum(plan.sent.values())
+        table.add_row(plan.name, _in(flop, plan.flop), _in(sent, total), seconds, hours, host, told)
     console.print(table)
-    spare = f"; {SPARE:.0%} of the memory are left free" if world.memory is not None else ""
+    spare = f"; {SPARE:.0%} of the memory is left free" if world.memory is not None else ""
     told_steps = "steps unknown" if steps is None else f"{steps:,} steps"
     lines = [
-        f"{world.nodes} nodes x {world.gpus} GPUs, {planner.extracted.n_samples * world.ranks:,} samples a step, "
-        f"{told_steps}; a checkpoint is {_gb(checkpoint)} GB{spare}",
+        f"{world.nodes} x {world.gpus} GPUs, {planner.extracted.n_samples * world.ranks:,} samples a step, "
+        f"{told_steps}; a checkpoint is {_si(checkpoint)}B{spare}",
         *notes,
         f"recommended: {best.name}: {why}" if best is not None else f"recommended: none: {why}",
     ]
@@ -816,9 +812,19 @@ def print_plans(
         Console(soft_wrap=True).print(Text(line))
 
 
-def _gb(number_of_bytes: float) -> str:
-    value = number_of_bytes / GB
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.01 or value == 0 else f"{value:.1g}"
+def _unit(number: float) -> tuple[str, float]:
+    """Prefix and size of the unit in which a number is best told."""
+    return next((unit for unit in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)) if number >= unit[1]), ("", 1.0))
+
+
+def _in(unit: tuple[str, float], number: float) -> str:
+    value = number / unit[1]
+    return f"{value:,.0f}" if value >= 100 or value == 0 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _si(number: float) -> str:
+    """A number and the prefix of its unit."""
+    return f"{_in(unit := _unit(number), number)} {unit[0]}"
 
 
 def steps_of(trainer: Any, rows: int | None, batch_size: int, ranks: int) -> int | None:
@@ -841,7 +847,7 @@ def rows_of(settings: Mapping[str, Any], data: Any) -> int | None:
     """Rows of the training data: as set up, or as the settings say; None: not to be told without reading them."""
     if settings.get("mode") == "rows" and settings.get("max_rows"):
         return int(settings["max_rows"])
-    train = getattr(data, "train", None)
+    train: Any = getattr(data, "train", None)
     return len(train) if hasattr(train, "__len__") else None
 
 
