@@ -38,7 +38,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from l3d_pl.checkpoints import Stored, fill_module, load_sharded, newest_whole, save_sharded, together
+from l3d_pl.checkpoints import Stored, fill_module, newest_whole, save_sharded, together
 from l3d_pl.errors import L3DError
 from l3d_pl.parallel import Ranks
 
@@ -88,6 +88,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         )
         assert isinstance(self.config, dict)
         self.stage = stage
+        self._stored: Stored | None = None  # the checkpoint that is being read
         # Parameters below a threshold would stay whole on every rank.
         self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         self.config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW: DeepSpeed's own would be compiled first
@@ -252,41 +253,52 @@ class ZeroStrategy(DeepSpeedStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         save_sharded(checkpoint, Path(self.broadcast(filepath)))
 
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """V is read before it is sharded: the data's state has to be there before `setup` asks for batches."""
+        return False
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        if self.model is self.lightning_module:
-            return load_sharded(Path(checkpoint_path), self.lightning_module)
         ranks = Ranks.of_run()
         path = newest_whole(Path(checkpoint_path), ranks)
-        with self.writable_parameters():
-            content = together(ranks, lambda: self._fill(Stored(path)))
-        # V is in place, and cannot be compared with this run's where that is sharded.
-        own = self._shapes()
-        content["state_dict"] = {name: value for name, value in content["state_dict"].items() if name not in own}
-        return content
+
+        def fill() -> dict[str, Any]:
+            assert self.lightning_module is not None
+            self._stored = Stored(path)
+            fill_module(self._stored, self.lightning_module)
+            return self._stored.content
+
+        return together(ranks, fill)
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """`load_checkpoint` has filled it."""
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        stored, self._stored = self._stored, None
+        assert stored is not None
+        together(Ranks.of_run(), lambda: self._read_state(stored))
 
     @torch.no_grad()
-    def _fill(self, stored: Stored) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        fill_module(stored, self.lightning_module)
-        saved = stored.content["optimizer_states"][0]
-        state, index = self._state(), {name: i for i, name in enumerate(self._shapes())}
+    def _read_state(self, stored: Stored) -> None:
+        """AdamW's state from a checkpoint: of each moment the rows that this rank's fragments lie in."""
+        (saved,), index = stored.content["optimizer_states"], {name: i for i, name in enumerate(self._shapes())}
         for key, value in saved["state"].get(0, {}).items():
             if value.ndim == 0:
-                state[key] = stored.rows(f"optimizer_states.0.state.0.{key}", 0, 1).to(self._master.device, copy=True)
+                whole = stored.rows(f"optimizer_states.0.state.0.{key}", 0, 1)
+                self._state()[key] = whole.to(self._master.device, copy=True)
                 continue
-            state[key] = torch.zeros_like(self._master)
+            self._state()[key] = flat = torch.zeros_like(self._master)
             for fragment in self.fragments():
                 row = fragment.shape[1:].numel()
                 first, last = fragment.start // row, math.ceil((fragment.start + fragment.n) / row)
                 rows = stored.rows(f"optimizer_states.0.state.{index[fragment.name]}.{key}", first, last).flatten()
-                state[key][fragment.place] = rows[fragment.start - first * row :][: fragment.n].to(state[key])
+                flat[fragment.place] = rows[fragment.start - first * row :][: fragment.n].to(flat)
         (group,), (its,) = self._zero.param_groups, saved["param_groups"]
         group.update({key: value for key, value in its.items() if key != "params"})
-        return stored.content
-
-    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        """`load_checkpoint` has filled it."""
 
     # -- pieces -----------------------------------------------------------------------------------------------------
 
