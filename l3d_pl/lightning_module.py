@@ -682,7 +682,6 @@ class L3D(L.LightningModule):
                 )
         self.mean_reference, self._validated_step = state["mean_reference"], state["validated_step"]
         self._progress = Progress(step=checkpoint["global_step"], samples=state["p_act_samples"])
-        self._random = {}
         states = state["random"]  # one for each rank; on another number of ranks the others start anew
         for name, value in (states[self._ranks.rank] if self._ranks.rank < len(states) else {}).items():
             self._random[name] = torch.Generator()
