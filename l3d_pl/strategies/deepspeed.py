@@ -73,11 +73,9 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def __init__(self, stage: int = 2, offload_optimizer: bool = False, offload_parameters: bool = False) -> None:
         if find_spec("deepspeed") is None:
-            raise L3DError(
-                "trainer.strategy: deepspeed is not installed; it comes with: pip install 'l3d_pl[deepspeed]'"
-            )
+            raise L3DError("strategy: deepspeed is not installed; it comes with: pip install 'l3d_pl[deepspeed]'")
         if stage not in (1, 2, 3):
-            raise L3DError(f"trainer.strategy: found stage {stage} of deepspeed, allowed are 1, 2, 3")
+            raise L3DError(f"strategy: found stage {stage} of deepspeed, allowed are 1, 2, 3")
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it found nothing else
         super().__init__(
@@ -99,7 +97,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         """Lightning calls this when everything about the trainer is known, before other processes are started."""
         if self.precision_plugin.precision != "32-true":
             raise L3DError(
-                f"trainer.precision: found {self.precision_plugin.precision}; allowed under deepspeed is 32-true "
+                f"precision: found {self.precision_plugin.precision}; allowed under deepspeed is 32-true "
                 "(model.autocast: bf16 runs the frozen model in half precision, under every strategy)"
             )
         super()._configure_launcher()
