@@ -1,17 +1,19 @@
 """Strategies `deepspeed_stage_1`, `_2`, `_3`: DeepSpeed's ZeRO shards the optimizer, the gradients, and V itself.
 
-Each rank has samples of its own, as under `ddp`, and makes the step of one process with all of them. What is shared
-out over N ranks, with 4 bytes for each of the P values of V_in and V_out:
+Each rank has samples of its own, as under `ddp`, and makes the step of one process with all of them. What each of N
+ranks holds, in bytes, for P values of V_in and V_out together (AdamW: master copy and moments):
 
-    stage  V     gradients  master copy of V  AdamW's moments
-    1      4P    4P         4P / N            8P / N
-    2      4P    4P / N     4P / N            8P / N
-    3      4P/N  4P / N     4P / N            8P / N
+    stage  V     gradients  AdamW
+    1      4P    4P         12P/N
+    2      4P    4P/N       12P/N
+    3      4P/N  4P/N       12P/N
 
-That is between steps. A step contracts all of V at once, so within it stage 3 holds V whole too, and every stage the
-gradients, until they are reduced. DeepSpeed steps on the master copy, in flat pieces that end anywhere within a
-tensor (`Fragment`); the V that the method reads, normalises and repairs is another copy. `writable_parameters` carries
-what is written to V over to the pieces; without it the next step would undo it.
+That is not the peak: a step contracts all of V and makes all its gradients at once, so within it every stage holds
+both whole, 8P. `fsdp2` shares out the step too.
+
+DeepSpeed steps on the master copy, in flat pieces that end anywhere within a tensor (`Fragment`); the V that the method
+reads, normalises and repairs is another copy. `writable_parameters` carries what is written to V over to the pieces;
+without it the next step would undo it.
 
 It runs on CUDA, and on CPU with gloo. V is float32, as DeepSpeed's master copy is.
 """
