@@ -15,7 +15,9 @@ from l3d_pl.decomposition import Decomposition
 from l3d_pl.subnetworks import Subnetworks
 from l3d_pl.targets.frozen import fingerprint
 
-SHAPES = {f"blocks.{i}.attn.{part}.weight": (24, 16) for i in range(2) for part in ("q", "k", "v")} | {"head.bias": (12,)}
+SHAPES = {f"blocks.{i}.attn.{part}.weight": (24, 16) for i in range(2) for part in ("q", "k", "v")} | {
+    "head.bias": (12,)
+}
 DELTAS = (-1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0)
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -97,10 +99,18 @@ def make_run(
     )
     rows = n_v * 3 * per_kind
     samples = pd.DataFrame(
-        {"subnetwork": np.repeat(ks, 3 * per_kind), "kind": np.tile(np.repeat(["top", "middle", "random"], per_kind), n_v)}
+        {
+            "subnetwork": np.repeat(ks, 3 * per_kind),
+            "kind": np.tile(np.repeat(["top", "middle", "random"], per_kind), n_v),
+        }
         | {"place": np.tile(np.arange(per_kind), 3 * n_v), "sample": rng.integers(0, n_items, rows)}
         | {"position": rng.integers(0, length, rows) if kind == "text" else np.full(rows, -1)}
-        | {"impact": rng.exponential(size=rows), "impact_se": 0.01, "coefficient": rng.normal(size=rows), "active": True}
+        | {
+            "impact": rng.exponential(size=rows),
+            "impact_se": 0.01,
+            "coefficient": rng.normal(size=rows),
+            "active": True,
+        }
     )
     tables["samples"] = samples
     shown = samples[samples["place"] < 8]
@@ -149,14 +159,22 @@ def make_run(
     counts = {name: write_table(folder, name, table) for name, table in tables.items()}
     write_manifest(
         folder,
-        {"run": str(run), "model": word(0), "decomposition": fingerprint(subnetworks), "seed": 0, "split": word(3) if hostile else "val"}
+        {
+            "run": str(run),
+            "model": word(0),
+            "decomposition": fingerprint(subnetworks),
+            "seed": 0,
+            "split": word(3) if hostile else "val",
+        }
         | {"n_samples": 1000, "n_references": 4, "sample": decomposition.sample, "kind": kind, "n_subnetworks": n_v}
         | {"output_kind": "value" if kind == "vector" else "probability", "tables": counts},
     )
     return run
 
 
-def _items(kind: str, n: int, length: int, word: Callable[[int], str], rng: np.random.Generator) -> list[dict[str, Any]]:
+def _items(
+    kind: str, n: int, length: int, word: Callable[[int], str], rng: np.random.Generator
+) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"sample": i, "kind": kind, "label": word(i % 10)} for i in range(n)]
     for i, row in enumerate(rows):
         if kind == "text":

@@ -1,23 +1,35 @@
-"""Pictures and the page: right for every kind of target, harmless whatever the data says, whole when a run is not."""
+"""Pictures and the atlas's folder: right for every kind of run, harmless whatever the data says."""
 
+import base64
+import io
+import json
 import math
+import os
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from atlas_run import HOSTILE, make_run
 from matplotlib.image import imread
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from l3d_pl.analysis.alignment import score_toy
-from l3d_pl.atlas import pictures
-from l3d_pl.atlas.page import PageTable, subnetwork_table, write_page
+from l3d_pl.analysis.tables import read_table
+from l3d_pl.atlas import blocks, panels, pictures, structure
+from l3d_pl.atlas.build import write_atlas
 from l3d_pl.atlas.pictures import Picture, draw_run, layers_of
+from l3d_pl.cli import main
 from l3d_pl.errors import L3DError
+from l3d_pl.subnetworks import Subnetworks
 
 Tensors = dict[str, Tensor]
 METRICS = (
@@ -50,26 +62,10 @@ def subnetworks_of(target: Tensors, n_v: int = 5) -> Tensors:
     return {name: randn(n_v, *tensor.shape) for name, tensor in target.items()}
 
 
-class Page(HTMLParser):
-    """The page as a browser would take it: its tags, its text, and what it would fetch."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self.alts: list[str] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        values = dict(attrs)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
-        if tag == "img":
-            self.alts.append(values["alt"] or "")
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
+def shares_of(v_out: Tensors) -> dict[str, Any]:
+    """What `draw_run` is told about subnetworks."""
+    energy = torch.stack([v.flatten(1).square().sum(1) for v in v_out.values()], 1)
+    return {"v_out": v_out, "names": list(v_out), "shares": energy / energy.sum(1, keepdim=True)}
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
@@ -98,7 +94,7 @@ def test_every_kind_of_run_gets_all_its_pictures(kind: str, tmp_path: Path) -> N
     metrics = tmp_path / "metrics.csv"
     metrics.write_text(METRICS)
     v_out, p_act = subnetworks_of(target), torch.tensor([0.0, 0.1, 0.1, 0.2, 0.1])
-    drawn = draw_run(tmp_path / "atlas", v_out=v_out, target=target, p_act=p_act, metrics=metrics, k=0.1)
+    drawn = draw_run(tmp_path / "atlas", **shares_of(v_out), target=target, p_act=p_act, metrics=metrics, k=0.1)
     names = ["networks", "directions"] * (kind != "cnn") + ["loss", "p_act", "norm_share"]
     assert all(isinstance(picture, Picture) for picture in drawn)
     assert [Path(picture[0]).stem for picture in drawn] == names
@@ -169,10 +165,13 @@ def test_high_rank_subnetworks_are_ordered_by_group(tmp_path: Path) -> None:
 
 
 def test_norm_share_says_where_a_subnetwork_lies_and_sums_up_the_smallest(tmp_path: Path) -> None:
-    v_out = {"a": torch.full((1, 3), 1.0), "b": torch.full((1, 1), 1.0)}
-    assert "Largest means: a 75%, b 25%." in pictures.norm_share(tmp_path / "s.png", v_out).alt
-    many = {rf"layer{i}.$\oops$.weight": randn(3, 2) for i in range(pictures.MAX_TENSORS + 10)}
-    assert "in 50 tensors. Largest means: 11 other tensors" in pictures.norm_share(tmp_path / "m.png", many).alt
+    assert "Largest means: a 75%, b 25%." in pictures.norm_share(
+        tmp_path / "s.png", torch.tensor([[0.75, 0.25]]), ["a", "b"]
+    ).alt  # fmt: skip
+    many = [rf"layer{i}.$\oops$.weight" for i in range(pictures.MAX_TENSORS + 10)]
+    shares = torch.full((3, len(many)), 1 / len(many))
+    alt = pictures.norm_share(tmp_path / "m.png", shares, many).alt
+    assert "in 50 tensors. Largest means: 11 other tensors" in alt
 
 
 def test_p_act_counts_the_dead(tmp_path: Path) -> None:
@@ -212,7 +211,8 @@ def test_bad_metrics_become_one_sentence_and_the_other_pictures_stay(
     if content is not None:
         metrics.write_bytes(content)
     target = TARGETS["tied"]
-    drawn = draw_run(tmp_path, v_out=subnetworks_of(target), target=target, p_act=torch.ones(5), metrics=metrics)
+    v_out = shares_of(subnetworks_of(target))
+    drawn = draw_run(tmp_path, **v_out, target=target, p_act=torch.ones(5), metrics=metrics)
     sentences = [picture for picture in drawn if isinstance(picture, str)]
     assert len(drawn) == 5
     assert len(sentences) == 1
@@ -221,115 +221,230 @@ def test_bad_metrics_become_one_sentence_and_the_other_pictures_stay(
     assert "\n" not in sentences[0]
 
 
-def test_a_run_that_went_to_nan_still_has_a_page(tmp_path: Path) -> None:
-    target = TARGETS["untied"]
-    v_out = {name: v * math.nan for name, v in subnetworks_of(target).items()}
-    drawn = draw_run(tmp_path, v_out=v_out, target=target, p_act=torch.zeros(5), metrics=tmp_path / "none.csv")
-    table = subnetwork_table(v_out, torch.zeros(5))
-    page = write_page(tmp_path, title="a bad run", facts={}, pictures=drawn, tables=[table])
-    text = Page(page.read_text(encoding="utf-8")).text
-    assert "No picture of networks: W_in: found 250 of 250 values that are not finite, allowed is none." in text
-    assert "No picture of loss: metrics: found no file" in text
-    assert "5 of 5 are dead" in text
+# --- The folder ------------------------------------------------------------------------------------------------------
 
 
-# --- The page --------------------------------------------------------------------------------------------------------
+def content(path: Path) -> Any:
+    """What a data file hands to the page."""
+    text = path.read_text(encoding="ascii")
+    assert len(text.splitlines()) == 1, "U+2028 and its like are escaped"
+    assert not set("<>&") & set(text)
+    return json.loads(re.fullmatch(r'atlasData\("[\w/]+",(.*)\);\n', text)[1])  # type: ignore[index]
 
 
-def toy_page(run: Path) -> Path:
-    target = TARGETS["tied"]
-    (run / "metrics.csv").write_text(METRICS)
-    v_out = {"W_in": torch.diag_embed(target["W_in"].T, dim1=0, dim2=1), "b": randn(5, 5)}
-    p_act = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.0])
-    score = score_toy("tms", v_out, target, {}, p_act > 0, loss=0.19)
-    drawn = draw_run(
-        run / "atlas",
-        v_out=v_out,
-        target=target,
-        p_act=p_act,
-        metrics=run / "metrics.csv",
-        circuits=score.circuits(),
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("atlas") / "run")
+
+
+@pytest.fixture(scope="module")
+def atlas(run: Path) -> Path:
+    return write_atlas(run, progress=False).page.parent
+
+
+def test_the_folder_is_whole_and_says_its_size(run: Path, atlas: Path) -> None:
+    files = {path.relative_to(atlas).as_posix() for path in atlas.rglob("*") if path.is_file()}
+    assert {"index.html", "atlas.js", "charts.js", "atlas.css", "data/overview.js"} < files
+    assert sum(name.startswith("data/sub_") for name in files) == 12
+    assert not list(run.glob(".*")), "nothing half-written stays"
+    said = content(atlas / "data" / "overview.js")["size"]
+    assert said["files"] == len(files)
+    assert said["bytes"] == pytest.approx(sum((atlas / name).stat().st_size for name in files), rel=1e-3)
+    addresses = r"(?:https?:)?//(?!www\.w3\.org/2000/svg)\w+\.\w+"
+    for name in ("index.html", "atlas.js", "charts.js", "atlas.css"):
+        text = (atlas / name).read_text()
+        assert not re.search(
+            addresses + r"|@import|url\(|innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", text
+        )
+    page = (atlas / "index.html").read_text()
+    assert re.findall(r'(?:src|href)="([^"]*)"', page) == ["atlas.css", "#/", "charts.js", "atlas.js"]
+    assert "onclick" not in page
+
+
+def test_a_panel_holds_the_rows_of_its_subnetwork(run: Path, atlas: Path) -> None:
+    panel = content(atlas / "data" / "sub_00003.js")
+    samples = read_table(run / "analysis", "samples", 3)
+    for kind in ("top", "middle", "random"):
+        rows = samples[samples["kind"] == kind].sort_values("place")
+        shown = panel["samples"][kind]
+        assert [s["sample"] for s in shown] == rows["sample"].tolist()
+        assert [s["impact"] for s in shown] == pytest.approx(rows["impact"].tolist(), rel=1e-5)
+        assert all(len(s["raised"]) == len(s["lowered"]) == 3 for s in shown)
+    items = read_table(run / "analysis", "items").set_index("sample")
+    assert set(map(int, panel["items"])) == set(samples["sample"]) | set(
+        read_table(run / "analysis", "effects", 3)["sample"]
     )
-    facts = {"target model": "TiedAutoencoder 5-2-5", "steps": 1600, "time": "6.2 s"}
-    tables = [subnetwork_table(v_out, p_act, score)]
-    return write_page(run, title="TMS", facts=facts, score_rows=score.rows(), pictures=drawn, tables=tables)
+    assert all(item["tokens"] == list(items.loc[int(s), "tokens"]) for s, item in panel["items"].items())
+    effects = read_table(run / "analysis", "effects", 3)
+    case = panel["effects"]["cases"][0]
+    own = effects[(effects["sample"] == case["sample"]) & (effects["position"] == case["position"])]
+    for output, (name, values) in enumerate(case["outputs"]):
+        rows = own[own["output"] == output].drop_duplicates("delta").sort_values("delta")
+        assert values == pytest.approx(rows["value"].tolist(), rel=1e-5)
+        assert name == rows["name"].iloc[0]
+    assert panel["curves"]["subnetwork"]["selectivity"][3] is None, "not a number at delta 0"
 
 
-def test_the_page_holds_everything_and_fetches_nothing(tmp_path: Path) -> None:
-    path = toy_page(tmp_path)
-    assert path == tmp_path / "atlas" / "index.html"
-    assert [p.name for p in path.parent.iterdir() if p.suffix == ".tmp"] == []
-    html = path.read_text(encoding="utf-8")
-    page = Page(html)
-    assert page.tags.count("img") == 5
-    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    assert all(page.alts)
-    assert "script" not in page.tags
-    assert not re.search(r"url\(|@import|https?:", html)
-    for words in ("TiedAutoencoder 5-2-5", "1600", "4 of 5", "0.190", "|cos| with W_in", "Train loss from 1 to"):
-        assert words in page.text
-    assert page.tags.count("tr") == 1 + 10 + 1 + 5, "ten figures and five subnetworks, each table with its head"
+@pytest.mark.parametrize("size", [1, 1000])
+def test_blocks_read_what_a_whole_read_would(
+    run: Path, tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = read_table(run / "analysis", "samples").sample(frac=1, random_state=0)  # in no order
+    pq.write_table(pa.Table.from_pandas(table, preserve_index=False), tmp_path / "samples.parquet", row_group_size=size)
+    monkeypatch.setattr(blocks, "ROWS", 7)
+    found = blocks.rows_between(tmp_path, "samples", 4, 9)
+    assert set(found) == {4, 5, 6, 7, 8}
+    for k, rows in found.items():
+        assert [row["place"] for row in rows] == table[table["subnetwork"] == k]["place"].tolist()
+    some = blocks.rows_of_samples(run / "analysis", "items", {2, 5, 59, 4711})
+    assert set(some) == {2, 5, 59}
+    assert blocks.rows_between(tmp_path, "outputs", 0, 9) == {}
 
 
-def test_everything_from_data_is_escaped(tmp_path: Path) -> None:
-    evil = "<script>alert('&\"1')</script>"
-    quote = '" onerror="alert(1)'
-    png = tmp_path / "x.png"
-    picture = pictures.p_act_histogram(png, torch.ones(3))
-    page = Page(
-        write_page(
-            tmp_path,
-            title=evil,
-            facts={evil: evil, "tensor": Path(evil)},
-            score_rows=[(evil, evil, evil)],
-            pictures=[Picture(picture.path, quote, evil), evil, (tmp_path / "<b>gone.png", evil, evil)],
-            tables=[PageTable(evil, [evil], [[evil], [quote]], evil)],
-        ).read_text(encoding="utf-8")
+def test_singular_directions_rebuild_the_tensor() -> None:
+    tucker = Subnetworks({"w": (9, 7)}, 2, 3).double().v_out.tuckers()["w"].detach()
+    core, factors = tucker.core[1].double(), [factor[1].double() for factor in tucker.factors]
+    (left, values), (right, _) = structure.singular_directions(core, factors)
+    dense = tucker.dense()[1].double()
+    torch.testing.assert_close(left @ values.diag() @ right.T, dense, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(values, torch.linalg.svdvals(dense)[:3], rtol=1e-6, atol=1e-9)
+    conv = Subnetworks({"w": (6, 5, 3, 3)}, 1, 2).double().v_out.tuckers()["w"].detach()
+    found = structure.singular_directions(conv.core[0].double(), [f[0].double() for f in conv.factors])
+    dense = conv.dense()[0].double()
+    for mode, (vectors, values) in enumerate(found):
+        unfolded = dense.movedim(mode, 0).flatten(1)
+        torch.testing.assert_close((vectors.T @ unfolded).norm(dim=1), values, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(vectors.T @ vectors, torch.eye(2, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+
+
+def test_cells_keep_the_largest_of_what_they_hold() -> None:
+    values = torch.zeros(1, 1000)
+    values[0, 0], values[0, 501], values[0, 999] = 1.0, -2.0, 0.5
+    cells = structure._heat_map(values)
+    decoded = np.frombuffer(base64.b64decode(cells["cells"]), np.int8)
+    assert (cells["columns"], cells["of_columns"], cells["largest"]) == (250, 1000, 2.0)
+    assert decoded[[0, 125, 249]].tolist() == [64, -127, 32]
+    assert np.count_nonzero(decoded) == 3
+
+
+def test_hostile_strings_stay_data(tmp_path: Path) -> None:
+    atlas = write_atlas(make_run(tmp_path / "<script>alert(0)</script>".replace("/", ""), hostile=True), progress=False)
+    page = atlas.page.read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(0)" in page, "its title"
+    shown = json.dumps([content(path) for path in (atlas.page.parent / "data").iterdir()], ensure_ascii=False)
+    for text in HOSTILE:
+        assert json.dumps(text, ensure_ascii=False)[1:-1] in shown, "as it came"
+
+
+def test_pictures_are_shrunk_and_what_is_no_picture_is_left_out(tmp_path: Path) -> None:
+    def png(width: int, height: int) -> bytes:
+        Image.new("RGB", (width, height), (9, 99, 200)).save(file := io.BytesIO(), "png")
+        return file.getvalue()
+
+    address = panels._picture(png(900, 300))
+    assert address is not None
+    with Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,")))) as small:
+        assert small.size == (128, 43)
+    assert panels._picture(png(20, 20)) == "data:image/png;base64," + base64.b64encode(png(20, 20)).decode()
+    for bad in (None, b"", b"<svg onload=alert(1)>", png(900, 900)[:200]):
+        assert panels._picture(bad) is None
+
+
+def test_only_an_atlas_is_written_over(run: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "thesis"
+    mine.mkdir()
+    (mine / "chapter.txt").write_text("years of work")
+    with pytest.raises(L3DError, match=r"output: .*thesis is there and is no atlas"):
+        write_atlas(run, mine, progress=False)
+    assert (mine / "chapter.txt").read_text() == "years of work"
+    with pytest.raises(L3DError, match="is no atlas"):
+        write_atlas(run, mine / "chapter.txt", progress=False)
+    other = write_atlas(run, tmp_path / "new" / "place", progress=False).page
+    (other.parent / "data" / "sub_99999.js").write_text("old")
+    assert write_atlas(run, tmp_path / "new" / "place", progress=False).page == other
+    assert not (other.parent / "data" / "sub_99999.js").exists(), "the older one is gone whole"
+
+
+def test_tables_of_another_decomposition_are_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", n_v=4)
+    assert content(write_atlas(run, progress=False).page.parent / "data" / "overview.js")["analysed"]
+    manifest = json.loads((run / "analysis" / "manifest.json").read_text())
+    (run / "analysis" / "manifest.json").write_text(json.dumps(manifest | {"decomposition": "an earlier fit's"}))
+    data = write_atlas(run, progress=False).page.parent / "data"
+    assert not content(data / "overview.js")["analysed"]
+    assert content(data / "sub_00000.js")["samples"] == {"top": [], "middle": [], "random": []}
+    assert content(data / "sub_00000.js")["tensors"], "its structure is there"
+
+
+def test_damaged_tables_are_one_line_and_the_older_atlas_stays(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", n_v=4)
+    page = write_atlas(run, progress=False).page
+    table = read_table(run / "analysis", "samples")
+    table.drop(columns="impact").to_parquet(run / "analysis" / "samples.parquet")
+    with pytest.raises(L3DError, match=r"samples\.parquet has no column impact; found are subnetwork, kind"):
+        write_atlas(run, progress=False)
+    (run / "analysis" / "samples.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(L3DError, match=r"analysis: .*samples\.parquet cannot be read"):
+        write_atlas(run, progress=False)
+    assert page.is_file()
+    assert not list(run.glob(".atlas*"))
+
+
+def test_a_run_that_went_to_nan_still_has_an_atlas(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", n_v=4)
+    shutil.rmtree(run / "analysis")
+    weights = run / "decomposition" / "model.safetensors"
+    save_file({name: torch.full_like(value, math.nan) for name, value in load_file(weights).items()}, weights)
+    (run / "metrics.csv").unlink()
+    data = write_atlas(run, progress=False).page.parent / "data"
+    assert content(data / "overview.js")["subnetworks"]["p_act"] == [None] * 4
+    assert "found no file" in content(data / "overview.js")["curves"]["missing"]
+    assert any("not finite" in picture.get("words", "") for picture in content(data / "overview.js")["pictures"])
+    assert "whole" not in content(data / "sub_00001.js")["tensors"][0]
+
+
+def test_the_command_analyses_where_that_is_not_done(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr("l3d_pl.cli.analyze_command", asked.append)
+    assert main(["atlas", str(run), "--output", str(tmp_path / "out")]) == 0
+    assert asked == [], "its tables are there"
+    assert re.search(r"out/index\.html \(\d+ files, [\d.]+ MB\)", capsys.readouterr().out)
+    shutil.copytree(run / "decomposition", tmp_path / "bare" / "decomposition")
+    assert main(["atlas", str(tmp_path / "bare")]) == 0
+    assert asked == [[str(tmp_path / "bare")]]
+    assert main(["atlas", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere holds no decomposition/config.json" in capsys.readouterr().err
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from l3d_pl.atlas.build import write_atlas
+from l3d_pl.analysis.runs import load_run
+load_run(Path(sys.argv[1]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write_atlas(Path(sys.argv[1]), progress=False)
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_tables(tmp_path: Path) -> None:
+    """1,000 subnetworks and 102,000 rows of samples take no more than 200 MiB beyond the decomposition itself.
+
+    Holding all rows as Python objects would take several GiB.
+    """
+    run = make_run(tmp_path / "run", n_v=1000, per_kind=34, n_items=20_000)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, run],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert "script" not in page.tags
-    assert page.tags.count("b") == 0
-    assert page.alts == [quote]
-    assert page.text.count(evil) == 14, "2 titles, 3 facts, 3 of the score, a caption, a sentence, 4 of the table"
-    assert "The picture <b>gone.png could not be read: No such file or directory." in page.text
-
-
-def test_a_page_without_ground_truth_or_pictures_says_so(tmp_path: Path) -> None:
-    page = Page(write_page(tmp_path, title="digits CNN", facts={}).read_text(encoding="utf-8"))
-    assert "nothing to compare with" in page.text
-    assert "img" not in page.tags
-
-
-def test_cells_show_numbers_flush_right_and_words_for_the_rest(tmp_path: Path) -> None:
-    table = PageTable("T", ["a", "b", "c", "d", "e"], [[7, 0.12345, True, None, "x"]])
-    html = write_page(tmp_path, title="t", facts={}, tables=[table]).read_text(encoding="utf-8")
-    assert '<td class="number">7</td><td class="number">0.123</td><td>yes</td><td>–</td><td>x</td>' in html
-
-
-def test_the_subnetwork_table_reads_the_score(tmp_path: Path) -> None:
-    target = {"W_in": randn(10, 5), "W_out": randn(5, 10)}
-    v_out = {"W_in": 3 * torch.diag_embed(target["W_in"].T, dim1=0, dim2=1), "W_out": torch.ones(10, 5, 10) * 1e-3}
-    p_act = torch.linspace(0, 0.2, 10)
-    score = score_toy("tmcs", v_out, target, {"A": randn(10, 10)}, p_act > 0)
-    table = subnetwork_table(v_out, p_act, score)
-    assert table.header[-1] == "r² with A"
-    assert table.rows[3][0] == 3
-    assert table.rows[3][2] == "W_in"
-    assert table.rows[3][3] == pytest.approx(1, abs=1e-3)
-    assert table.rows[3][4:7] == [3, pytest.approx(1), True]
-    assert table.rows[0][6] is False, "dead"
-    assert len(subnetwork_table(v_out, p_act).header) == 4
-
-
-@pytest.mark.browser
-def test_a_browser_shows_the_page(tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium here")
-    page, shot = toy_page(tmp_path), tmp_path / "shot.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,900"]
-    subprocess.run(
-        [browser, *options, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True, timeout=60
-    )
-    image = np.asarray(imread(shot))[..., :3]
-    assert image.shape[:2] == (900, 1200)
-    assert pixels(shot, pictures.POSITIVE) > 500, "the pictures of the first screen, drawn under the page's own policy"
+    before, after = map(int, done.stdout.split())
+    assert (after - before) / 1024 < 200

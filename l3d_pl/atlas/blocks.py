@@ -51,11 +51,10 @@ def _batches(folder: Path, name: str, column: str, low: int, high: int) -> Itera
         return
     try:
         with pq.ParquetFile(path) as file:
-            missing = [field for field in SCHEMAS[name].names if field not in file.schema_arrow.names]
+            found = file.schema_arrow.names
+            missing = [field for field in SCHEMAS[name].names if field not in found]
             if missing:
-                raise L3DError(
-                    f"analysis: {path} has no column {', '.join(missing)}; found are {', '.join(file.schema_arrow.names)}"
-                )
+                raise L3DError(f"analysis: {path} has no column {', '.join(missing)}; found are {', '.join(found)}")
             for group in range(file.num_row_groups):
                 if _may_hold(file.metadata.row_group(group), column, low, high):
                     yield from file.iter_batches(ROWS, row_groups=[group], use_threads=False)

@@ -14,13 +14,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.progress import track
 from torch import Tensor
 
+from l3d_pl.analysis.runs import load_run
 from l3d_pl.analysis.tables import MANIFEST, read_manifest
 from l3d_pl.atlas.overview import overview
 from l3d_pl.atlas.panels import panels
 from l3d_pl.atlas.pictures import draw_run
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.errors import L3DError
-from l3d_pl.analysis.runs import load_run
 from l3d_pl.report import target_tensors, toy_of, try_score
 from l3d_pl.targets.frozen import fingerprint
 

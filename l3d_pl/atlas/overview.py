@@ -79,22 +79,20 @@ def overview(
 def _facts(decomposition: Decomposition, about: Mapping[str, Any]) -> list[tuple[str, str]]:
     config, versions = decomposition.run_config or {}, decomposition.provenance["versions"]
     data = config.get("data") or {}
-    settings = ", ".join(
-        f"{key} {value}" for key, value in (data.get("init_args") or {}).items() if value is not None
-    )
+    settings = ", ".join(f"{key} {value}" for key, value in (data.get("init_args") or {}).items() if value is not None)
     shapes = decomposition.subnetworks.shapes
     facts = [
         ("Target model", f"{decomposition.target_class}, fingerprint {str(decomposition.target_fingerprint)[:12]}"),
         ("Decomposed", f"{len(shapes)} tensor{'s' * (len(shapes) > 1)}, {sum(map(_size, shapes.values())):,} values"),
         ("Subnetworks", f"{decomposition.n_subnetworks}; k = {decomposition.k:g} of the coefficients are kept"),
-        ("Divergence", f"{decomposition.divergence.name}, {decomposition.reference} reference; sample: {decomposition.sample}"),
+        ("Divergence", f"{decomposition.divergence.name}, {decomposition.reference} reference"),
+        ("Sample", decomposition.sample),
         ("Data", f"{str(data.get('class_path', 'not recorded')).rsplit('.', 1)[-1]}{': ' * bool(settings)}{settings}"),
         ("Trained", f"{decomposition.figures.get('steps', '?')} steps, seed {decomposition.seed}"),
     ]
     if about:
-        facts.append(
-            ("Read on", f"{about.get('n_samples', 0):,} samples of {about.get('split')}, {about.get('n_references')} references each")
-        )
+        samples, references = about.get("n_samples", 0), about.get("n_references")
+        facts.append(("Read on", f"{samples:,} samples of {about.get('split')}, {references} references each"))
     commit = str(decomposition.provenance["git_commit"] or "none")
     facts.append(("Made with", f"l3d_pl {versions.get('l3d_pl')}, torch {versions.get('torch')}, commit {commit[:12]}"))
     return [(key, _brief(value)) for key, value in facts]
@@ -106,7 +104,11 @@ def score_card(decomposition: Decomposition, score: ToyScore | None, unscored: s
     n_v = decomposition.n_subnetworks
     active = float(decomposition.p_act.sum())
     rows = [
-        ("held-out L", number(figures.get("val/loss")), "reconstruction loss: share of squared gradient norm left; 0 is perfect"),
+        (
+            "held-out L",
+            number(figures.get("val/loss")),
+            "reconstruction loss: share of squared gradient norm left; 0 is perfect",
+        ),
         ("dead", f"{dead} of {n_v} ({dead / n_v:.0%})", "subnetworks that take part in no held-out sample"),
         ("L0", number(active), f"subnetworks active per sample, mean; k n_v = {decomposition.k * n_v:.3g}"),
     ]
@@ -162,7 +164,9 @@ def _curves(metrics: Path) -> dict[str, Any]:
     return {
         "loss": {name: wanted[name] for name in ("train/loss", "val/loss") if name in wanted},
         "tensors": {
-            name.removeprefix("train/loss/"): values for name, values in wanted.items() if name.startswith("train/loss/")
+            name.removeprefix("train/loss/"): values
+            for name, values in wanted.items()
+            if name.startswith("train/loss/")
         },
         "dead": wanted.get("train/dead_fraction"),
         "p_act": {name.rsplit("/", 1)[1]: wanted[name] for name in spread},

@@ -38,7 +38,10 @@ def panels(
     for low in range(0, n_v, BLOCK):
         high = min(low + BLOCK, n_v)
         tables = {} if analysis is None else {name: rows_between(analysis, name, low, high) for name in TABLES}
-        shown = [{row["sample"] for name in ("samples", "effects") for row in tables[name].get(k, [])} if tables else set() for k in range(low, high)]
+        shown = [
+            {row["sample"] for name in ("samples", "effects") for row in tables[name].get(k, [])} if tables else set()
+            for k in range(low, high)
+        ]
         items = {} if analysis is None else rows_of_samples(analysis, "items", set().union(*shown))
         for k in range(low, high):
             rows = {name: table.get(k, []) for name, table in tables.items()}

@@ -82,7 +82,9 @@ def window(browser: Any, atlases: dict[str, Path], request: pytest.FixtureReques
     errors, requests = opened.errors, opened.requests
     opened.context.close()
     assert errors == []
-    assert all(url.startswith(("file://", "data:image/png", "blob:", "about:blank")) for url in requests), "nothing from a network"
+    assert all(url.startswith(("file://", "data:image/png", "blob:", "about:blank")) for url in requests), (
+        "nothing from a network"
+    )
 
 
 @pytest.mark.parametrize("window", ["text", "image", "vector"], indirect=True)
@@ -204,8 +206,10 @@ def test_samples_of_every_kind_and_both_colourings(window: Window) -> None:
     assert float(max(before)) == pytest.approx(0.62)
 
 
-def test_labels_are_kept_exported_and_loaded(browser: Any, window: Window, atlases: dict[str, Path], tmp_path: Path) -> None:
-    evil = "<b>dates</b> & \"quotes\" '; alert(1)"
+def test_labels_are_kept_exported_and_loaded(
+    browser: Any, window: Window, atlases: dict[str, Path], tmp_path: Path
+) -> None:
+    evil = '<b>dates</b> & "quotes" \'; alert(1)'
     window.go("#/subnetwork/5")
     window.page.fill("#label", evil)
     window.page.reload()
@@ -232,7 +236,9 @@ def test_labels_are_kept_exported_and_loaded(browser: Any, window: Window, atlas
         (tmp_path / "bad.json").write_text(bad)
         fresh.page.set_input_files("#labels", tmp_path / "bad.json")
         fresh.page.wait_for_selector(f"#message:has-text('{said}')")
-    (tmp_path / "odd.json").write_text(json.dumps(content | {"labels": {"__proto__": "x", "99": "y", "2": 7, "1": "one"}}))
+    (tmp_path / "odd.json").write_text(
+        json.dumps(content | {"labels": {"__proto__": "x", "99": "y", "2": 7, "1": "one"}})
+    )
     fresh.page.set_input_files("#labels", tmp_path / "odd.json")
     fresh.page.wait_for_selector("#table td.label:text('one')")
     fresh.page.reload()
@@ -275,7 +281,9 @@ def test_hostile_strings_are_shown_as_text(window: Window) -> None:
     for route in ("#/", "#/subnetwork/1", "#/subnetwork/7"):
         window.go(route)
         window.page.wait_for_timeout(200)
-        assert window.page.locator("main script, main iframe, main b, main img:not([src^='data:image/png'])").count() == 0
+        assert (
+            window.page.locator("main script, main iframe, main b, main img:not([src^='data:image/png'])").count() == 0
+        )
         assert window.page.locator("svg[onload], [onerror]").count() == 0
         scripts = window.page.eval_on_selector_all("script", "nodes => nodes.map((n) => n.getAttribute('src'))")
         assert all(re.fullmatch(r"(charts|atlas|data/\w+)\.js", script or "") for script in scripts), "the page's own"
@@ -323,7 +331,10 @@ def test_a_thousand_subnetworks_answer_at_once(browser: Any, tmp_path: Path) -> 
         "no filter": (type_.format(""), None),
         "rows": ("[...document.querySelectorAll('#table .row button')].at(-1).click()", None),
         "open": ("location.hash = '#/subnetwork/500'", "500"),
-        "slider": ("const d = document.getElementById('delta'); d.value = 6; d.dispatchEvent(new Event('input'))", None),
+        "slider": (
+            "const d = document.getElementById('delta'); d.value = 6; d.dispatchEvent(new Event('input'))",
+            None,
+        ),
         "random": ("document.querySelector('[data-choice=random]').click()", None),
         "show all": ("document.getElementById('more').click()", None),
         "back": (key.format("Escape"), "overview"),
