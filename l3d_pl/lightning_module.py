@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from l3d_pl.auxiliary import auxiliary_loss
 from l3d_pl.batch_topk import RunningThreshold, batch_topk, check_k
@@ -37,7 +38,7 @@ from l3d_pl.step import Step, decompose
 from l3d_pl.strategies import register, writable_parameters, zero_optimizer_state
 from l3d_pl.subnetworks import Prepared, Subnetworks
 from l3d_pl.subnetworks import Reconstruction as Residual
-from l3d_pl.targets.frozen import fingerprint, freeze, select_parameters
+from l3d_pl.targets.frozen import fingerprint, freeze, select_parameters, shard
 from l3d_pl.targets.training import load_target
 from l3d_pl.tucker import local
 
@@ -130,6 +131,7 @@ class L3D(L.LightningModule):
         tokens_per_sequence: int | None = None,
         autocast: str | None = None,
         memory_budget: float = 1.0,
+        shard_target: bool = False,
         recipe: str = "l3d_pl",
         init: str | None = None,
         scale_start: bool = False,
@@ -167,6 +169,7 @@ class L3D(L.LightningModule):
         require_choice("bad_samples", bad_samples, ("error", "skip"))
         self.k, self.k_start = check_k(k), check_k(self.k_start, "k_start")
         self.recipe, self.bad_samples, self.scale_start = recipe, bad_samples, scale_start
+        self.shard_target = shard_target
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.lr_gamma, self.lr_step_epochs, self.dense_epochs = lr_gamma, lr_step_epochs, dense_epochs
         self.init_samples, self.swap_samples, self.dead_after = init_samples, swap_samples, dead_after
@@ -306,6 +309,9 @@ class L3D(L.LightningModule):
         if mesh is not None:  # data x subnetworks: see `configure_model`
             self._replicas = Ranks(mesh["data_parallel"].get_group()) if mesh["data_parallel"].size() > 1 else ALONE
         self._random = {name: self._generator(name) for name in ("references", "repair")} | self._random
+        if self.shard_target and self._ranks.size > 1 and not isinstance(self.target, FSDPModule):
+            _ = self.target_class, self.target_fingerprint  # taken while the target is whole
+            shard(self.target, self.extractor.parameters.values(), self.device.type)
 
     def configure_model(self) -> None:
         """V_in and V_out; sharded by subnetwork where the strategy has a mesh with an axis for it."""
@@ -336,7 +342,8 @@ class L3D(L.LightningModule):
         )
         # One rank (of sharded subnetworks: one group) starts and repairs for all the others: it reads the first global
         # batches, as a single process would.
-        if self._replicas.rank == 0 and (self.init == "gradients" or self.swap_every or self.revive_every):
+        starts = self._replicas.rank == 0 or isinstance(self.target, FSDPModule)  # (a sharded one all call together)
+        if starts and (self.init == "gradients" or self.swap_every or self.revive_every):
             self._anchors = self._collect_anchors()
         if self.trainer.global_step == 0 and self.init == "gradients":
             with writable_parameters(self.trainer.strategy):
@@ -602,6 +609,15 @@ class L3D(L.LightningModule):
             if add_histogram is not None:
                 add_histogram(f"{stage}/p_act", p_act, self.trainer.global_step)
 
+    @cached_property
+    def target_fingerprint(self) -> str:
+        """SHA-256 of the target model, which is frozen."""
+        return fingerprint(self.target)
+
+    @cached_property
+    def target_class(self) -> str:
+        return f"{type(self.target).__module__}.{type(self.target).__qualname__}"
+
     # -- results and state ------------------------------------------------------------------------------------------
 
     @property
@@ -621,9 +637,9 @@ class L3D(L.LightningModule):
             subnetworks: all shards together (`Subnetworks.whole`), where they are sharded.
         """
         best = self.best_restart if restart is None else restart
-        return Decomposition(
+        found = Decomposition(
             self.subnetworks.extract_restart(best) if subnetworks is None else subnetworks,
-            target=self.target,
+            target=None if isinstance(self.target, FSDPModule) else self.target,
             divergence=self.extractor.divergence,
             reference=self.extractor.reference,
             sample=self.extractor.sample,
@@ -635,10 +651,12 @@ class L3D(L.LightningModule):
             seed=self.seed,
             run_config=self.run_config,
         )
+        found.target_class, found.target_fingerprint = self.target_class, self.target_fingerprint
+        return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["l3d"] = {
-            "target_fingerprint": fingerprint(self.target),
+            "target_fingerprint": self.target_fingerprint,
             "random": self._ranks.gather({name: state.get_state() for name, state in self._random.items()}),
             "p_act_samples": self._progress.samples,
             "validated_step": self._validated_step,
@@ -648,7 +666,7 @@ class L3D(L.LightningModule):
 
     def _settings(self) -> dict[str, Any]:
         """What `l3d export` has to know besides the tensors: plain values, as in a `Decomposition`'s config.json."""
-        v, extractor, target = self.subnetworks, self.extractor, type(self.target)
+        v, extractor = self.subnetworks, self.extractor
         return {
             "parameters": {n: {"shape": list(shape), "ranks": list(v.ranks[n])} for n, shape in v.shapes.items()},
             "n_subnetworks": v.n_subnetworks,
@@ -657,7 +675,7 @@ class L3D(L.LightningModule):
             "reference": extractor.reference,
             "sample": extractor.sample,
             "k": self.k,
-            "target_class": f"{target.__module__}.{target.__qualname__}",
+            "target_class": self.target_class,
             "seed": self.seed,
             "run_config": self.run_config,
         }
@@ -666,7 +684,7 @@ class L3D(L.LightningModule):
         state = checkpoint.get("l3d")
         if state is None:
             raise L3DError("checkpoint: it was not written by L3D (no entry 'l3d')")
-        mine = fingerprint(self.target)
+        mine = self.target_fingerprint
         if state["target_fingerprint"] != mine:
             raise L3DError(
                 f"checkpoint: it is of another target model, fingerprint {state['target_fingerprint'][:12]}; "

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from oracles import LAYOUTS, assert_same, decomposition_problem
 from torch import distributed as dist
 from torch import multiprocessing as mp
+from zoo import VOCABULARY, language_model
 
 from l3d_pl.auxiliary import auxiliary_loss
 from l3d_pl.batch_topk import batch_topk, global_threshold, n_selected
+from l3d_pl.gradients import GradientExtractor
 from l3d_pl.parallel import ALONE, Ranks
 from l3d_pl.sharded import (
     auxiliary_loss_sharded,
@@ -28,6 +30,8 @@ from l3d_pl.sharded import (
 )
 from l3d_pl.step import decompose
 from l3d_pl.subnetworks import Subnetworks
+from l3d_pl.targets.frozen import freeze, select_parameters, shard
+from l3d_pl.tucker import local
 
 HERE = Path(__file__).parent
 
@@ -200,3 +204,34 @@ def _all_shard_cases(ranks: Ranks) -> None:
     for layout in LAYOUTS:
         for tokens in (False, True):
             _shards_equal_one_process(ranks, layout, tokens)
+
+
+def _sharded_target_gives_the_same(ranks: Ranks, family: str, sample: str) -> None:
+    torch.manual_seed(0)
+    model = freeze(language_model(family).double())
+    batch = {"input_ids": torch.randint(0, VOCABULARY, (6, 5), generator=torch.Generator().manual_seed(ranks.rank))}
+    chosen = select_parameters(model, ["*attn*weight", "*norm*"] if family == "Llama" else ["*attn*weight", "*ln_1*"])
+    extractor = GradientExtractor(model, chosen, "kl", "random", sample)
+    whole = [extractor(batch, torch.Generator().manual_seed(1)) for _ in range(2)]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    shard(model, chosen.values(), "cpu")
+    kept = sum(local(parameter).numel() for parameter in model.parameters())
+    own = sum(tensor.numel() for tensor in chosen.values())
+    assert kept - own <= (total - own) / ranks.size + 200  # (rows that do not divide)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for expected in whole:
+        found = extractor(batch, torch.Generator().manual_seed(1))
+        assert_same(found.outputs, expected.outputs)
+        for name, gradient in expected.gradients.items():
+            assert_same(found.gradients[name].dense(), gradient.dense())
+
+
+def _sharded_targets(ranks: Ranks) -> None:
+    for family in ("GPTNeo", "Llama"):
+        for sample in ("token", "sequence"):
+            _sharded_target_gives_the_same(ranks, family, sample)
+
+
+@pytest.mark.distributed
+def test_a_sharded_target_gives_the_same_gradients(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, _sharded_targets)

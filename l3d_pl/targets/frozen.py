@@ -4,9 +4,13 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from l3d_pl.errors import L3DError, did_you_mean
 
@@ -47,6 +51,22 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str]) -> dict[s
 def matches_pattern(name: str, pattern: str) -> bool:
     """Whether a parameter's name matches a glob, or a regular expression after `re:`."""
     return re.fullmatch(pattern[3:], name) is not None if pattern.startswith("re:") else fnmatchcase(name, pattern)
+
+
+def shard(model: nn.Module, keep: Iterable[Tensor], device_type: str) -> None:
+    """Spread a frozen model's tensors over all ranks (FSDP2): a layer is gathered while it is used, then let go.
+
+    Every rank has to call the model as often as the others. Layers are the entries of its module lists; what is in none
+    of them is gathered together.
+
+    Args:
+        keep: tensors that stay whole on every rank, such as those that are decomposed.
+    """
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    ignored: Any = {id(tensor): tensor for tensor in keep}.values()
+    layers = [layer for part in model.modules() if isinstance(part, nn.ModuleList) for layer in part]
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh, ignored_params=set(ignored))
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]] | nn.Module) -> str:
