@@ -132,8 +132,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         trainer = self.model.trainer
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
             raise L3DError("trainer.gradient_clip_algorithm: found value; allowed under deepspeed is norm")
+        self.model_to_device()
         if trainer.state.fn != TrainerFn.FITTING:
-            self.model_to_device()
             return
         assert isinstance(self.config, dict)
         # Lightning accumulates, and says so in `block_backward_sync`: DeepSpeed would leave out an epoch's last step.
