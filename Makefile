@@ -13,10 +13,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run toys test test-slow test-slurm bench format lint type clean
+.PHONY: help setup run toys test test-slow test-browser test-slurm bench format lint type clean
 
 help: ## Show what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## Set up .venv (every other target does it by itself)
 
@@ -27,10 +27,14 @@ toys: $(STAMP) ## Decompose every toy, 16 seeds and both recipes each, and score
 	@$(BIN)/l3d toys
 
 test: $(STAMP) ## Run the tests
-	@$(PYTEST) -m "not slow and not slurm" $(ARGS)
+	@$(PYTEST) -m "not slow and not slurm and not browser" $(ARGS)
 
 test-slow: $(STAMP) ## Run the slow tests
-	@$(PYTEST) -m slow $(ARGS) || { status=$$?; test $$status -eq 5 && echo "No test is marked slow." || exit $$status; }
+	@$(PYTEST) -m "slow and not browser" $(ARGS) || { status=$$?; test $$status -eq 5 && echo "No test is marked slow." || exit $$status; }
+
+# One process: a test measures how fast the page answers.
+test-browser: $(STAMP) ## Run the tests of the atlas in a headless Chromium; screenshots: artifacts/atlas
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser $(ARGS)
 
 # One process: the tests share a cluster.
 test-slurm: $(STAMP) ## Run the tests on a Slurm of two nodes, made here (root; apt-get install slurm-wlm munge)
