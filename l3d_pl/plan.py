@@ -44,7 +44,7 @@ from l3d_pl.lightning_module import L3D
 from l3d_pl.parallel import ALONE, Ranks
 from l3d_pl.params import first_batch, made_up_batch
 from l3d_pl.subnetworks import Subnetworks
-from l3d_pl.tucker import Matrices
+from l3d_pl.tucker import CHUNK, Matrices
 
 GB = 1e9
 SPARE = 0.1  # of a GPU's memory, for the driver, libraries' workspaces and fragmentation
@@ -291,12 +291,14 @@ def trace_extraction(model: L3D, batch: Any) -> Extracted:
         extractor.autocast = precision
     sides = [side for gradient in extraction.gradients.values() for side in sides_of(gradient)]
     storages = {side.untyped_storage()._cdata: side.untyped_storage().nbytes() for side in sides}
+    captured = sum(storages.values())
+    chosen = captured if extractor.sample == "token" else 0  # copies of those that count, where some positions do not
     return Extracted(
         extraction.gradients,
         extraction.n_samples,
-        trace.peak + copies,
+        trace.peak + chosen + copies,
         trace.live,
-        sum(storages.values()),
+        captured,
         counter.get_total_flops(),
     )
 
@@ -389,6 +391,7 @@ def step_costs(subnetworks: Subnetworks, gradients: Mapping[str, SampleGradient]
     samples = next(iter(gradients.values())).n_samples
     pairs = samples * n
     one = sum(tensor.numel() for tensor in subnetworks.v_out.parameters()) // subnetworks.v_out.n
+    through_ranks: list[str] = []
     held = passing = multiplications = dense_values = blocks = largest = merged_products = products = 0
     for name, gradient in gradients.items():
         shape, ranks = subnetworks.shapes[name], subnetworks.ranks[name]
@@ -418,6 +421,8 @@ def step_costs(subnetworks: Subnetworks, gradients: Mapping[str, SampleGradient]
         d_through = through if t > 1 else 0
         piece = min(chunk, n * b * s * rows) if t > 1 else min(chunk, 2 * n * b * s * rank)
         largest = max(largest, 2 * both, both + d_through + 2 * max(piece, b * s * rows))
+        if rank * rank * (first + rest) < first * rest:
+            through_ranks.append(name)
         products = max(products, _product_temporaries(n, first, rest, rank, samples, chunk, shards))
         multiplications += 2 * n * gradient.contraction_cost(rank)
         multiplications += (
@@ -446,16 +451,10 @@ def step_costs(subnetworks: Subnetworks, gradients: Mapping[str, SampleGradient]
         at_end = held + few + gathered + shard + side + max(side, n * dense_values) + largest
         at_ring = held + few + gathered + passing + products + 2 * n * n
         peak = max(at_ring, at_end, held + few + 2 * gathered)
-    grams = max((n * min(r[0], math.prod(r[1:])) for r in subnetworks.ranks.values()), default=0)
-    logging = 3 * grams**2 if any(_is_through_ranks(subnetworks, name) for name in subnetworks.shapes) else 0
-    return StepCosts(4 * side, 4 * peak, 4 * passing, 4 * block, 4 * (logging + 2 * side), 2 * multiplications)
-
-
-def _is_through_ranks(subnetworks: Subnetworks, name: str) -> bool:
-    """Whether `Matrices.gram` of a parameter goes through [n R, n R]."""
-    shape, ranks = subnetworks.shapes[name], subnetworks.ranks[name]
-    first, rest, rank = shape[0], math.prod(shape[1:]), min(ranks[0], math.prod(ranks[1:]))
-    return rank * rank * (first + rest) < first * rest
+    # The loss of each parameter by itself: M through ranks is not made in pieces.
+    grams = (n * min(subnetworks.ranks[name][0], math.prod(subnetworks.ranks[name][1:])) for name in through_ranks)
+    logging = 2 * side + 2 * n * dense_values + block + 3 * max(grams, default=0) ** 2
+    return StepCosts(4 * side, 4 * peak, 4 * passing, 4 * block, 4 * logging, 2 * multiplications)
 
 
 def _product_temporaries(n: int, rows: int, columns: int, rank: int, samples: int, chunk: int, shards: int) -> int:
@@ -590,7 +589,8 @@ class Planner:
         held = restarts * (self.anchor_bytes(subnetworks, start) + 4 * start**2) + self.anchor_bytes(subnetworks, judge)
         laid_out = self.anchor_bytes(subnetworks, total) - self.anchor_bytes(subnetworks, total, only_factored=True)
         lines = 5 * 4 * 12 * n * start if model.init == "gradients" else 0  # twelve starts of K-lines side by side
-        return held, max(2 * raw + laid_out + held, held + lines)
+        products = 3 * 4 * CHUNK  # rows of all gradients, dense, for <g_i, g_j>
+        return held, max(2 * raw + laid_out + held + products, held + lines)
 
     def anchor_bytes(
         self, subnetworks: Subnetworks, samples: int, as_captured: bool = False, only_factored: bool = False
