@@ -441,13 +441,13 @@ def _part_held(shards: Iterable[DTensor]) -> tuple[int, ...]:
     return ()
 
 
-def load_sharded(path: Path, module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> dict[str, Any]:
-    """Fill a module and its optimizers in place from a checkpoint of either form; every rank has to call it.
+def load_sharded(path: Path, module: nn.Module) -> Stored:
+    """Fill a module in place from a checkpoint of either form; every rank has to call it.
 
     Each rank reads the rows that it holds, whatever number of ranks has written them.
 
     Returns:
-        the checkpoint; its tensors of the module and the optimizers are on the meta device.
+        the checkpoint, for `load_optimizers` to go on with.
 
     Raises:
         L3DError: no checkpoint of the path is whole, or it is one of another shape.
@@ -455,15 +455,23 @@ def load_sharded(path: Path, module: nn.Module, optimizers: Iterable[Optimizer] 
     ranks = Ranks.of_run()
     path = newest_whole(Path(path), ranks)
 
-    def fill() -> dict[str, Any]:
+    def fill() -> Stored:
         stored = Stored(path)
         fill_module(stored, module)
-        states = stored.content.get("optimizer_states", [])
-        for index, (optimizer, state) in enumerate(zip(optimizers, states, strict=False)):
-            _fill_optimizer(stored, optimizer, state, f"optimizer_states.{index}")
-        return stored.content
+        return stored
 
     return together(ranks, fill)
+
+
+def load_optimizers(stored: Stored, optimizers: Iterable[Optimizer]) -> None:
+    """The same for the optimizers, whose state is sharded as their parameters are; every rank has to call it."""
+
+    def fill() -> None:
+        states = stored.content["optimizer_states"]
+        for index, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
+            _fill_optimizer(stored, optimizer, state, f"optimizer_states.{index}")
+
+    together(Ranks.of_run(), fill)
 
 
 def fill_module(stored: Stored, module: nn.Module) -> None:

@@ -690,10 +690,12 @@ class L3D(L.LightningModule):
                 f"checkpoint: it is of another target model, fingerprint {state['target_fingerprint'][:12]}; "
                 f"this target's is {mine[:12]}"
             )
-        own = self.state_dict()
+        if self._trainer is not None:
+            self.trainer.precision_plugin.convert_module(self)  # Lightning does it too late: digits would be lost
+        tensors = self.state_dict()
         for name, tensor in checkpoint["state_dict"].items():
-            if name not in own or own[name].shape != tensor.shape:
-                found = list(own[name].shape) if name in own else "missing"
+            if name not in tensors or tensors[name].shape != tensor.shape:
+                found = list(tensors[name].shape) if name in tensors else "missing"
                 raise L3DError(
                     f"checkpoint: its tensor '{name}' is {list(tensor.shape)}, this run's is {found}; "
                     "n_subnetworks, ranks, parameters and restarts have to be the checkpoint's"
@@ -701,7 +703,8 @@ class L3D(L.LightningModule):
         self.mean_reference, self._validated_step = state["mean_reference"], state["validated_step"]
         self._progress = Progress(step=checkpoint["global_step"], samples=state["p_act_samples"])
         states = state["random"]  # one for each rank; on another number of ranks the others start anew
-        for name, value in (states[self._ranks.rank] if self._ranks.rank < len(states) else {}).items():
+        own = states[self._ranks.rank] if self._ranks.rank < len(states) else {}
+        for name, value in (own | {"repair": states[0]["repair"]}).items():  # (who repairs together draws the same)
             self._random[name] = torch.Generator()
             self._random[name].set_state(value)
 

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor, zeros
 from l3d_pl import L3DError, checkpoints
 from l3d_pl.checkpoints import (
     AtomicCheckpointIO,
+    load_optimizers,
     load_sharded,
     make_older,
     named_tensors,
@@ -109,7 +110,9 @@ def assert_goes_on(path: Path, n: int, mesh: DeviceMesh | None) -> None:
     whole, expected = trained(n)
     model = Model(n, mesh, seed=9)
     optimizer = adam(model)
-    rest = load_sharded(path, model, [optimizer])
+    stored = load_sharded(path, model)
+    load_optimizers(stored, [optimizer])
+    rest = stored.content
     assert_equals_one_process(model, optimizer, expected)
     assert optimizer.param_groups[0]["lr"] == 0.05
     assert rest["global_step"] == 3
@@ -250,7 +253,7 @@ def _take_the_one_before(last: Path) -> None:
             flip(damaged / file)
         dist.barrier()
         model = Model(7, mesh_of(1, ranks.size), seed=9)
-        assert load_sharded(damaged, model)["global_step"] == 2
+        assert load_sharded(damaged, model).content["global_step"] == 2
         flip(previous_of(damaged) / "manifest.json") if ranks.rank == 0 else None
         dist.barrier()
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -393,7 +396,7 @@ def test_checkpoint_of_another_shape_is_refused_before_anything_is_changed(last:
     model = Model(7)
     parts = [{"params": [parameter]} for parameter in model.parameters()]
     with pytest.raises(L3DError, match="its optimizer has 1 groups of parameters, this run's has 2"):
-        load_sharded(last, model, [torch.optim.AdamW(parts)])
+        load_optimizers(load_sharded(last, model), [torch.optim.AdamW(parts)])
 
 
 # -- one in place of another -------------------------------------------------------------------------------------------
@@ -438,12 +441,12 @@ def test_killed_at_any_moment_it_leaves_a_whole_one(
             except Killed:
                 finished = False
         checkpoints._damaged.clear()  # another process goes on
-        found = load_sharded(newest_and_previous(saved)[0], Model(7, mesh))["global_step"]
+        found = load_sharded(newest_and_previous(saved)[0], Model(7, mesh)).content["global_step"]
         outcomes.append(found)
         if finished:
             break
         save_sharded(trained(7, mesh, steps=4)[1], saved)  # what the killed one has left is in nobody's way
-        assert load_sharded(saved, Model(7, mesh))["global_step"] == 4
+        assert load_sharded(saved, Model(7, mesh)).content["global_step"] == 4
         allowed += 1
     assert len(outcomes) > 8
     assert set(outcomes) == {2, 3}
