@@ -394,7 +394,7 @@ def test_a_random_direction_is_not_selective_a_circuit_is() -> None:
     torch.manual_seed(0)
     model = nn.Linear(10, 10, bias=False).double()
     subnetworks = Subnetworks({"weight": (10, 10)}, 1, 2).double()
-    subnetworks.v_out.parameters_of("weight").factors_1.data[:, 5:] = 0
+    list(subnetworks.v_out.parameters_of("weight").parameters())[2].data[:, 5:] = 0  # the inputs' factor
     subnetworks.normalise_()
     decomposition = Decomposition(subnetworks, model, threshold=0.1)
     x = torch.zeros(400, 10).double()
@@ -402,7 +402,7 @@ def test_a_random_direction_is_not_selective_a_circuit_is() -> None:
     near, far = torch.arange(200), torch.arange(200, 400)
     controls = random_directions(decomposition, 0, 40, seed=1)
     assert all(float(u["weight"].norm()) == pytest.approx(1) for u in controls)
-    assert all(int(torch.linalg.matrix_rank(u["weight"])) == 2 for u in controls)
+    assert all(int(torch.linalg.matrix_rank(u["weight"], rtol=1e-5)) == 2 for u in controls)
     means = torch.tensor(
         [
             [row["relevant"], row["irrelevant"]]
@@ -494,8 +494,8 @@ def test_attribution_of_images_shows_where() -> None:
     for values, height, width in found:
         assert (height, width) == (8, 8)
         seen = values.view(8, 8).abs()
-        assert float(seen[5:].max()) == 0
-        assert float(seen[:, :3].max()) == 0
+        assert float(seen[5:].max()) < 1e-12
+        assert float(seen[:, :3].max()) < 1e-12
         assert float(seen[:4, 4:].sum()) > 0.7 * float(seen.sum()) > 0
 
 
@@ -616,11 +616,11 @@ def test_a_whole_analysis(kind: str, tmp_path: Path) -> None:
         assert len(short) == 0 or all(list(p) == [0, 1, 2, 3] for p in short["positions"])
 
 
-@pytest.mark.parametrize("where", ["survey", "outputs", "moved"])
+@pytest.mark.parametrize(("where", "total"), [("survey", 5), ("outputs", 6), ("moved", 6)])
 def test_a_stopped_analysis_goes_on_to_the_same_bytes(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, total: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tables_in(analyse(run_of(tmp_path / "whole", texts()), SETTINGS))
+    whole = tables_in(analyse(run_of(tmp_path / "whole", vectors()), SETTINGS))
     owner: Any = Survey if where == "survey" else analyse_module.Closer
     method, calls = "look" if where == "survey" else where, 0
     original: Callable[..., Any] = getattr(owner, method)
@@ -634,10 +634,9 @@ def test_a_stopped_analysis_goes_on_to_the_same_bytes(
 
     monkeypatch.setattr(owner, method, stop)
     with pytest.raises(KeyboardInterrupt):
-        analyse(run_of(tmp_path / "stopped", texts()), SETTINGS)
+        analyse(run_of(tmp_path / "stopped", vectors()), SETTINGS)
     left = calls
-    again = tables_in(analyse(run_of(tmp_path / "stopped", texts()), SETTINGS))
-    total = {"survey": 2, "outputs": 4, "moved": 4}[where]
+    again = tables_in(analyse(run_of(tmp_path / "stopped", vectors()), SETTINGS))
     assert calls - left == total - 1  # what was done before is not done again
     assert again == whole
 

@@ -230,7 +230,7 @@ def _instantiate(kind: type, key: str, section: Any) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument(f"--{key}", type=kind)
     try:
-        return parser.instantiate_classes(parser.parse_object({key: section}))[key]
+        return parser.instantiate(parser.parse_object({key: section}))[key]
     except L3DError:
         raise
     except Exception as error:  # whatever a user's class raises, where it is not there or not what it was

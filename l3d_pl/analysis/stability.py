@@ -42,7 +42,7 @@ def cosines(a: Directions, b: Directions) -> Tensor:
 
 def match(cos: Tensor) -> tuple[Tensor, Tensor]:
     """The one-to-one matching of highest total |cos| (Hungarian): places in both, ordered by the first."""
-    rows, columns = linear_sum_assignment(cos.abs().cpu().double().numpy(), maximize=True)
+    rows, columns = linear_sum_assignment(cos.detach().abs().cpu().double().numpy(), maximize=True)
     return torch.from_numpy(rows), torch.from_numpy(columns)
 
 
