@@ -40,7 +40,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from l3d_pl.checkpoints import Stored, fill_module, newest_whole, save_sharded, together
+from l3d_pl.checkpoints import Stored, load_sharded, save_sharded, together
 from l3d_pl.errors import L3DError
 from l3d_pl.parallel import Ranks
 
@@ -88,6 +88,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         )
         assert isinstance(self.config, dict)
         self.stage = stage
+        self._fragments: dict[Tensor, Fragment] = {}
         self._stored: Stored | None = None  # the checkpoint that is being read
         # Parameters below a threshold would stay whole on every rank.
         self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -148,6 +149,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
             for parameter in self._parameters():  # read by the step itself, not by a submodule's forward
                 deepspeed.zero.register_external_parameter(module, parameter)
+        self._fragments = {fragment.parameter: fragment for fragment in self._cut()}
 
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any = None
@@ -193,7 +195,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         with deepspeed.zero.GatheredParameters(self._parameters(), enabled=self.stage == 3):
             yield
             with torch.no_grad():
-                for fragment in self.fragments():
+                for fragment in self._fragments.values():
                     own = fragment.parameter.view(-1)[fragment.start : fragment.start + fragment.n]
                     self._master[fragment.place].copy_(own)
                     if self.stage == 3:
@@ -202,13 +204,13 @@ class ZeroStrategy(DeepSpeedStrategy):
     @torch.no_grad()
     def zero_optimizer_state(self, parameter: Tensor, index: int) -> None:
         """Zero AdamW's moments of row `index` of a parameter."""
-        for fragment in self.fragments():
-            if fragment.parameter is parameter:
-                row = fragment.shape[1:].numel()
-                first = max(0, index * row - fragment.start)
-                last = min(fragment.n, (index + 1) * row - fragment.start)
-                for moment in self._moments().values():
-                    moment[fragment.place][first : max(first, last)] = 0
+        fragment = self._fragments.get(parameter)
+        if fragment is not None:
+            row = fragment.shape[1:].numel()
+            first = max(0, index * row - fragment.start)
+            last = min(fragment.n, (index + 1) * row - fragment.start)
+            for moment in self._moments().values():
+                moment[fragment.place][first : max(first, last)] = 0
 
     def on_train_end(self) -> None:
         """V is whole on every rank from here on, to be validated and exported."""
@@ -238,7 +240,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def _in_rows(self, flat: Tensor) -> dict[str, DTensor]:
         """{parameter's name: tensor} of the pieces that all ranks have, shared out by rows."""
-        ranks, own = Ranks.of_run(), {fragment.name: fragment for fragment in self.fragments()}
+        ranks, own = Ranks.of_run(), {fragment.name: fragment for fragment in self._fragments.values()}
         mesh, found = init_device_mesh(self.root_device.type, (self.world_size,)), {}
         for name, shape in self._shapes().items():
             whole = torch.zeros(shape.numel(), dtype=flat.dtype, device=self.root_device)
@@ -259,16 +261,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         return False
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        ranks = Ranks.of_run()
-        path = newest_whole(Path(checkpoint_path), ranks)
-
-        def fill() -> dict[str, Any]:
-            assert self.lightning_module is not None
-            self._stored = Stored(path)
-            fill_module(self._stored, self.lightning_module)
-            return self._stored.content
-
-        return together(ranks, fill)
+        assert self.lightning_module is not None
+        self._stored = load_sharded(Path(self.broadcast(checkpoint_path)), self.lightning_module)
+        return self._stored.content
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """`load_checkpoint` has filled it."""
@@ -292,7 +287,7 @@ class ZeroStrategy(DeepSpeedStrategy):
                 self._state()[key] = whole.to(self._master.device, copy=True)
                 continue
             self._state()[key] = flat = torch.zeros_like(self._master)
-            for fragment in self.fragments():
+            for fragment in self._fragments.values():
                 row = fragment.shape[1:].numel()
                 first, last = fragment.start // row, math.ceil((fragment.start + fragment.n) / row)
                 rows = stored.rows(f"optimizer_states.0.state.{index[fragment.name]}.{key}", first, last).flatten()
@@ -332,8 +327,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         named = self.lightning_module.named_parameters()
         return {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in named}
 
-    def fragments(self) -> Iterator[Fragment]:
-        """What this rank owns, parameter by parameter."""
+    def _cut(self) -> Iterator[Fragment]:
+        """What this rank owns, parameter by parameter, as DeepSpeed has laid it out."""
         shapes = self._shapes()
         for name, parameter in zip(shapes, self._parameters(), strict=True):
             if self.stage == 3:  # every parameter in N equal parts, the last one padded
