@@ -400,7 +400,7 @@ def step_costs(subnetworks: Subnetworks, gradients: Mapping[str, SampleGradient]
             dense_values += size
             left = n * shape[0] * ranks[1] if len(shape) == 2 else 0
             blocks += left
-            rank = min(ranks[0], math.prod(ranks[1:]))
+            rank = ranks[1] if len(shape) == 2 else min(ranks[0], math.prod(ranks[1:]))
             multiplications += 6 * n * rank * size
             if isinstance(gradient, OuterGradient):
                 multiplications += math.prod(gradient.outputs.shape[:3]) * size

@@ -158,8 +158,8 @@ def test_recommends_what_fits_and_works_least() -> None:
     assert "byte" in why
     plans[1].sent = {"gradients": 10**12}
     assert recommend(plans)[0] is plans[2]
-    plans[2].host = 1
-    assert recommend(plans)[0] is plans[3]
+    plans[2].host = 1  # what is moved to the host's memory comes last
+    assert recommend(plans)[0] is plans[1]
     complete(plans, World(memory=1), 10, None, 7.2)
     assert [plan.hours for plan in plans] == [0.02] * 4
     none, why = recommend(plans)
