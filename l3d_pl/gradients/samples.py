@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.distributed.fsdp import FSDPModule
 
 from l3d_pl.errors import L3DError
 from l3d_pl.gradients.capture import Capture, Use, add_up
@@ -135,10 +136,11 @@ def choose_samples(
 class TokenPasses:
     """The backward passes of token samples through one model.
 
-    The first batch tells where positions meet: an operation is *local* if the gradient at its result, at position s,
-    comes from the output at s alone. The cut is the first local result that all gradients on their way to the others
-    pass through. Both are the same for all batches, since a model computes the same for each; a batch whose samples
-    span more positions than that one's is asked again, as short texts may meet nothing.
+    The first batch tells where positions meet: an operation is *local* if the gradient at its result, at position
+    s, comes from the output at s alone. The cut is the first local result that all gradients on their way to the
+    others pass through (a sharded model gets none). Both are the same for all batches, since a model computes the
+    same for each; a batch whose samples span more positions than that one's is asked again, as short texts may meet
+    nothing.
     """
 
     def __init__(self) -> None:
@@ -218,6 +220,8 @@ class TokenPasses:
         found = torch.autograd.grad(output, [*edges, *stream], alone, retain_graph=True, allow_unused=True)
         is_local = [d is not None and _is_at(d, output.shape[0], s, position) for d in found]
         self.local = frozenset(i for i in range(len(edges)) if is_local[i])
+        if isinstance(capture.model, FSDPModule):  # a layer's tensors are there only where a pass comes to its output
+            return
         others = {edge.node for i, edge in enumerate(edges) if i not in self.local}
         for place in (i for i in range(len(stream)) if is_local[len(edges) + i]):
             if others and _separates(stream[place], get_gradient_edge(output), others):
