@@ -34,7 +34,7 @@ const Charts = (() => {
     const size = Math.abs(value);
     const text =
       Number.isInteger(value) && size < 1e6 ? value.toLocaleString("en")
-      : size >= 1e5 || size < 1e-3 ? value.toExponential(1)
+      : size >= 1e5 || size < 1e-4 ? value.toExponential(1)
       : size >= 100 ? value.toFixed(0)
       : String(Number(value.toPrecision(3)));
     return text.replace(/-/g, "−");
@@ -240,7 +240,7 @@ const Charts = (() => {
     values.forEach((value, i) => {
       const v = known(value) ? value : 0;
       (v < 0 ? low : high).forEach((part, c) => (image.data[4 * i + c] = part));
-      image.data[4 * i + 3] = 205 * Math.min(Math.abs(v) / reach, 1);
+      image.data[4 * i + 3] = 150 * Math.min(Math.abs(v) / reach, 1);
     });
     context.putImageData(image, 0, 0);
     return canvas;
