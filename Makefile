@@ -20,7 +20,7 @@ help: ## Show what there is
 
 setup: $(STAMP) ## Set up .venv (every other target does it by itself)
 
-run: $(STAMP) ## Decompose TMS and the digits CNN; print a table of each and where the pictures are
+run: $(STAMP) ## Decompose TMS, a CNN on digits and a small language model; print a table of each and where its atlas is
 	@$(BIN)/l3d demo
 
 toys: $(STAMP) ## Decompose every toy, 16 seeds and both recipes each, and score it against the ground truth
