@@ -121,7 +121,10 @@ def test_demo_runs_short_versions(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         local = [f"{name}/{word}" if word.startswith("target") else word for word in local]
         enough = ["--model.init_samples", "124", "--model.swap_samples", "64"]
         monkeypatch.setitem(DEMO, name, [*short, *local, *small_data(read(name)), *FEW, *enough])
+    shown: list[list[str]] = []
+    monkeypatch.setattr("l3d_pl.cli.atlas_command", shown.append)
     assert main(["demo", "--root", "runs/short"]) == 0
+    assert shown == [[f"runs/short/{name}"] for name in DEMO]
     out = capsys.readouterr().out
     for name in DEMO:
         assert re.search(rf"^{name}: \d+ subnetworks", out, re.MULTILINE)
