@@ -43,7 +43,7 @@ from l3d_pl.streamed import Entry, checksum, entry_of, pieces, write_safetensors
 FORMAT_VERSION = 1
 META, MANIFEST = "meta.ckpt", "manifest.json"
 LARGE = ("state_dict", "optimizer_states")  # the entries of a checkpoint whose tensors are read one by one
-REMAP = 2**26  # bytes read through a file's mapping before it is mapped anew: its pages count as this process's memory
+REMAP = 2**24  # bytes read through a file's mapping before it is mapped anew: its pages count as this process's memory
 
 T = TypeVar("T")
 _damaged: set[Path] = set()  # found by this process: what replaces them does not keep them as the one before
@@ -277,7 +277,6 @@ class Stored:
     def __init__(self, path: Path):
         self.path, self._read = path, 0
         self._places: dict[str, list[tuple[int, Path]]] = {}  # {tensor: (its first row there, file)}
-        self._small: dict[str, Tensor] = {}
         stored = self._load()
         with as_damage_of(path):
             if not isinstance(stored, dict):
