@@ -203,6 +203,8 @@ def open_run(run_dir: Path, device: str = "cpu") -> Run:
                 f"run: {run_dir} keeps no '{key}' in its configuration (it was not made by `l3d fit`); "
                 "give target and data to l3d_pl.analysis.survey yourself"
             )
+    if config.get("threads"):
+        torch.set_num_threads(config["threads"])  # as the run itself
     _require_there(model)
     target = _instantiate(nn.Module, "target", model["target"])
     if model.get("target_weights"):
