@@ -5,7 +5,7 @@
     l3d plan --config CONFIG --nodes 8 --gpus 8 --memory 80     what a run takes on a cluster, strategy by strategy
     l3d target --config CONFIG [--output FILE]                  train a target model
     l3d score DIR                                               ground-truth table of a finished toy run
-    l3d report DIR                                              the atlas again, without an analysis
+    l3d report DIR                                              the atlas again, without analysing
     l3d export CHECKPOINT DIR                                   a checkpoint's decomposition; --checkpoint: as one file
     l3d atlas DIR [--output DIR]                                pages to read in a browser; analyses first if need be
     l3d analyze DIR                                             what each subnetwork does, as tables: DIR/analysis
@@ -241,7 +241,7 @@ def score_command(args: list[str]) -> None:
 def report_command(args: list[str]) -> None:
     from l3d_pl.report import write_report
 
-    parser = OneLineParser(prog="l3d report", description="Pictures and HTML page of a finished run.")
+    parser = OneLineParser(prog="l3d report", description="The atlas of a finished run, with what has been analysed.")
     parser.add_argument("dir", help="a run's directory, such as runs/tms")
     print(write_report(Path(parser.parse_args(args).dir)))
 
