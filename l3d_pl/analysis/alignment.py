@@ -385,10 +385,7 @@ def _tmcs(v_out: dict[str, Tensor], target: dict[str, Tensor], alive: Tensor, tr
     planted = truth["A"].detach().double().cpu()
 
     k = torch.arange(len(w_in))
-    unit = vector_norm(w_out, dim=2).argmax(1)  # j*
-    column = w_in[k, :, unit]  # W_in[:, j*] of each subnetwork
-    feature = column.abs().argmax(1)
-    a_hat = column[k, feature][:, None] * w_out[k, unit]
+    feature, a_hat = rows_of_a(w_in, w_out)
     products = w_in @ w_out
 
     def r2_by_row(rows: Tensor) -> Tensor:
@@ -404,6 +401,19 @@ def _tmcs(v_out: dict[str, Tensor], target: dict[str, Tensor], alive: Tensor, tr
     figures["r2_sum_ceiling"] = squared_correlation(learned, planted)
     figures["r2_sum_ratio"] = _ratio(figures["r2_sum"], figures["r2_sum_ceiling"])
     return _Reading(feature, energy_shares(w_in.square().sum(2)), alive, figures, r2)
+
+
+def rows_of_a(w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Reading A (paper): each subnetwork's feature [n_v], and its row of A up to a factor, [n_v, outputs].
+
+    j* is the hidden unit with the longest row of w_out [n_v, hidden, outputs], the feature the i with the largest
+    |w_in[i, j*]|, w_in [n_v, features, hidden]; the row is w_in[i, j*] w_out[j*].
+    """
+    k = torch.arange(len(w_in))
+    unit = vector_norm(w_out, dim=2).argmax(1)  # j*
+    column = w_in[k, :, unit]  # W_in[:, j*] of each subnetwork
+    feature = column.abs().argmax(1)
+    return feature, column[k, feature][:, None] * w_out[k, unit]
 
 
 def _high_rank(v_out: dict[str, Tensor], alive: Tensor, group_size: int) -> _Reading:

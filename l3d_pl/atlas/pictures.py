@@ -125,7 +125,7 @@ def networks(
     shown = len(order)
     columns = 3 if shown < 6 else 4
     rows = math.ceil((shown + 1) / columns)
-    with _figure(path, (3.3 * columns, 2.9 * rows + 0.5)) as figure:
+    with new_figure(path, (3.3 * columns, 2.9 * rows + 0.5)) as figure:
         axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
         _draw_network(axes[0], layers, target, target)
         axes[0].set_title("target model", fontweight="bold")
@@ -247,7 +247,7 @@ def _arrows(path: Path, encoder: Tensor, features: Tensor, shares: Tensor) -> Pi
     rows = encoder[torch.arange(len(encoder)), dominant]
     dots = (rows * own).sum(1)
     rows = rows * torch.where(dots < 0, -1.0, 1.0)[:, None]
-    with _figure(path, (6.2, 6.0)) as figure:
+    with new_figure(path, (6.2, 6.0)) as figure:
         ax = figure.subplots()
         for i, (x, y) in enumerate(features.tolist()):
             ax.plot([0, x], [0, y], color=PALE, linewidth=7, solid_capstyle="round", zorder=1)
@@ -298,7 +298,7 @@ def _feature_map(path: Path, matrix: Tensor, what: str, group_size: int) -> Pict
         order = sorted(range(n_v), key=lambda k: (int(best[k]), -float(matrix[k].max())))
     else:
         order = sorted(range(n_v), key=lambda k: own.get(k, n_features + k))
-    with _figure(path, _map_size(n_features, n_v)) as figure:
+    with new_figure(path, _map_size(n_features, n_v)) as figure:
         ax = figure.subplots()
         _heat_map(figure, ax, matrix[order].numpy(), what, 1.0)
         _index_ticks(ax.xaxis, range(n_features))
@@ -333,7 +333,7 @@ def norm_share(path: Path, shares: Tensor, names: Sequence[str]) -> Picture:
         largest_share = float(shares[kept].max())
         shares = torch.cat([shares[kept], shares[rest].sum(0, keepdim=True)])
     n_v = shares.shape[1]
-    with _figure(path, _map_size(n_v, len(names))) as figure:
+    with new_figure(path, _map_size(n_v, len(names))) as figure:
         ax = figure.subplots()
         _heat_map(figure, ax, shares.numpy(), "share of squared norm", largest_share)
         _index_ticks(ax.xaxis, range(n_v))
@@ -356,7 +356,7 @@ def p_act_histogram(path: Path, p_act: Tensor, *, k: float | None = None) -> Pic
     values = p_act.detach().double().cpu().numpy()
     dead = int((values == 0).sum())
     edges = np.linspace(0, max(float(values.max(initial=0.0)) * 1.05, 0.01), 25).tolist()
-    with _figure(path, (7.2, 3.8)) as figure:
+    with new_figure(path, (7.2, 3.8)) as figure:
         ax = figure.subplots()
         ax.hist(values[values > 0], edges, color=ACCENT, edgecolor="white", label="live")
         if dead:
@@ -412,7 +412,7 @@ def loss_curve(path: Path, metrics: Path) -> Picture:
         found = ", ".join(sorted(columns)) or "no finite values"
         raise L3DError(f"metrics: found {found} in {metrics}, needed is 'train/loss' or 'val/loss'")
     words = []
-    with _figure(path, (7.2, 3.8)) as figure:
+    with new_figure(path, (7.2, 3.8)) as figure:
         ax = figure.subplots()
         top = 0.0
         if train is not None:
@@ -483,7 +483,7 @@ def draw_run(
 
 
 @contextmanager
-def _figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+def new_figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
         yield figure
