@@ -4,6 +4,7 @@ import csv
 import os
 import random
 import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -12,16 +13,25 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
 
-from l3d_pl.checkpoints import make_older, newest_and_previous
+from l3d_pl.checkpoints import NotSaved, make_older, newest_and_previous
 from l3d_pl.errors import L3DError
 from l3d_pl.parallel import Ranks
 
 
 class Stopped(Exception):
     """A run ended early, on request, with everything saved."""
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """One line for who reads the job's log (`warnings` would say the same thing only once)."""
+    print(f"l3d: {text}", file=sys.stderr, flush=True)
 
 
 def can_resume_here(trainer: L.Trainer) -> bool:
@@ -39,7 +49,7 @@ class Checkpoints(ModelCheckpoint):
     """`<default_root_dir>/checkpoints/last.ckpt`, every `every_n_train_steps` steps and at the end.
 
     `--ckpt_path last` finds it. A checkpoint that falls on the last batch of an epoch is written one batch later (see
-    `can_resume_here`).
+    `can_resume_here`). One that cannot be written (a full disk) is said, and tried again when the next is due.
 
     Args:
         every_n_train_steps: steps between checkpoints.
@@ -51,6 +61,7 @@ class Checkpoints(ModelCheckpoint):
             if value < 1:
                 raise L3DError(f"{key}: found {value}; at least 1 is needed")
         self.keep = keep
+        self._failed_at: int | None = None  # step at which the newest one could not be written
         super().__init__(
             filename="last",
             every_n_train_steps=every_n_train_steps,
@@ -64,19 +75,45 @@ class Checkpoints(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        every = self._every_n_train_steps
-        if trainer.global_step // every > self._last_global_step_saved // every and can_resume_here(trainer):
-            self.save_now(trainer)
+        every, before = self._every_n_train_steps, max(self._last_global_step_saved, self._failed_at or 0)
+        if trainer.global_step // every > before // every and can_resume_here(trainer):
+            write_logs(trainer)
+            self.try_to_save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._last_global_step_saved != trainer.global_step:
+            self.try_to_save(trainer)
+
+    def try_to_save(self, trainer: L.Trainer) -> None:
+        """`save_now`; where that fails, the run goes on."""
+        failed_before = self._failed_at is not None
+        try:
             self.save_now(trainer)
+        except NotSaved as error:
+            if not failed_before:
+                say(f"after step {trainer.global_step}: {error}; going on, to be tried again with each that is due")
+        else:
+            if failed_before:
+                say(f"after step {trainer.global_step}: checkpoints can be written again")
 
     def save_now(self, trainer: L.Trainer) -> str:
-        """Write the checkpoint at once; returns its path."""
+        """Write the checkpoint at once; returns its path.
+
+        Raises:
+            NotSaved: it cannot be written; on all ranks, and the one before it is kept.
+        """
+        saved, error = self._last_global_step_saved, None
         if trainer.is_global_zero:
             make_older(Path(str(self.dirpath), "last.ckpt"), self.keep)
-        self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+        try:
+            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+        except NotSaved as caught:
+            error = str(caught)
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # in which the ranks that write nothing are waiting
+        if error := trainer.strategy.broadcast(error):
+            self._last_global_step_saved, self._failed_at = saved, trainer.global_step
+            raise NotSaved(error)
+        self._failed_at = None
         return self.best_model_path
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
@@ -158,9 +195,23 @@ class StopOnSignal(Callback):
         if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             return
         checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints)]
-        saved = checkpoints[0].save_now(trainer) if checkpoints else "nothing (no Checkpoints callback)"
-        trainer._logger_connector.update_train_step_metrics()  # Lightning writes this step's figures after this hook
+        write_logs(trainer)
+        try:
+            saved = checkpoints[0].save_now(trainer) if checkpoints else "nothing (no Checkpoints callback)"
+        except NotSaved as error:
+            saved = f"nothing ({error})"
         raise Stopped(f"{self._received or 'a signal to another rank'} after step {trainer.global_step}: saved {saved}")
+
+
+def write_logs(trainer: L.Trainer) -> None:
+    """This step's figures, which Lightning writes only after the callbacks: killed in between, none would be lost.
+
+    On the disk before the checkpoint is: the steps before it are not made again.
+    """
+    trainer._logger_connector.update_train_step_metrics()
+    for logger in trainer.loggers:
+        if isinstance(logger, RunLogger):
+            logger.flush()
 
 
 class ExportDecomposition(Callback):
@@ -178,6 +229,69 @@ class ExportDecomposition(Callback):
             decomposition.save_pretrained(Path(trainer.default_root_dir, "decomposition"))
 
 
+class Rows(ExperimentWriter):
+    """`metrics.csv`, whole at any moment: Lightning's own is deleted at each start, and truncated for a new column.
+
+    Rows that cannot be written (a full disk) wait for the next ones.
+    """
+
+    def __init__(self, log_dir: str):
+        super().__init__(log_dir)
+        self.path = Path(self.metrics_file_path)
+        self._columns: list[str] = []  # of the file
+        self._failed = False
+
+    def _check_log_dir_exists(self) -> None:
+        """What is there stays there until `keep`."""
+
+    def rows(self) -> list[dict[str, str]]:
+        """Those in the file, without one that is half written, which a lost machine leaves behind."""
+        if not self.path.is_file():
+            return []
+        with open(self.path, newline="") as file:
+            whole = [line for line in file if line.endswith("\n")]
+        return [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(whole) if row.get("step")]
+
+    def keep(self, rows: list[dict[str, Any]]) -> None:
+        """Make these the file's rows."""
+        self._columns = sorted({name for row in rows for name in row})
+        aside = self.path.with_name(f".{self.path.name}.writing")
+        with open(aside, "w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, self.path)
+
+    def save(self) -> None:
+        if not self.metrics:
+            return
+        columns, size = self._columns, self.path.stat().st_size if self.path.is_file() else 0
+        try:
+            if {name for row in self.metrics for name in row} <= set(columns):
+                with open(self.path, "a", newline="") as file:
+                    csv.DictWriter(file, columns).writerows(self.metrics)
+            else:
+                self.keep([*self.rows(), *self.metrics])
+        except OSError as error:
+            self._columns = columns
+            if self.path.is_file():
+                os.truncate(self.path, size)  # no half row
+            if not self._failed:
+                say(f"{self.path} cannot be written ({error.strerror}); its next rows are kept in memory")
+            self._failed = True
+            return
+        self.metrics, self._failed = [], False
+
+    def flush(self) -> None:
+        """Write what there is, and onto the disk."""
+        self.save()
+        if self.path.is_file():
+            with open(self.path, "a") as file:
+                os.fsync(file.fileno())
+
+
 class RunLogger(CSVLogger):
     """`<save_dir>/metrics.csv`, one file over all resumes of a run.
 
@@ -190,30 +304,29 @@ class RunLogger(CSVLogger):
 
     def __init__(self, save_dir: str, flush_logs_every_n_steps: int = 100):
         super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
+        self._last: tuple[Any, ...] = ()
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if (step, *metrics) != self._last:  # or `write_logs` has had them before
+            super().log_metrics(metrics, step)
+        self._last = (step, *metrics)
 
     def keep_until(self, step: int) -> None:
         """Take over the rows of an earlier part of this run, up to `step`."""
-        self._kept = [row for row in self._old_rows if int(row["step"]) < step]
-        if self._kept:
-            writer = self.experiment
-            writer.metrics = self._kept + writer.metrics
+        rows = self.experiment
+        rows.keep([row for row in rows.rows() if int(row["step"]) < step])
+
+    @rank_zero_only
+    def flush(self) -> None:
+        self.experiment.flush()
 
     @property
-    def _file(self) -> Path:
-        return Path(self.log_dir, "metrics.csv")
-
-    @property
-    def experiment(self) -> Any:
+    @rank_zero_experiment
+    def experiment(self) -> Rows:
         if self._experiment is None:
-            self._old_rows: list[dict[str, Any]] = []
-            if self._file.is_file():
-                with open(self._file, newline="") as file:
-                    self._old_rows = [
-                        {key: value for key, value in row.items() if value != ""}
-                        for row in csv.DictReader(file)
-                        if row.get("step")
-                    ]
-        return super().experiment
+            self._experiment = Rows(self.log_dir)
+        assert isinstance(self._experiment, Rows)
+        return self._experiment
 
 
 class ContinueLogs(Callback):
@@ -222,5 +335,4 @@ class ContinueLogs(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger) and trainer.is_global_zero:
-                _ = logger.experiment
                 logger.keep_until(trainer.global_step)

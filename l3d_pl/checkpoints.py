@@ -49,6 +49,10 @@ T = TypeVar("T")
 _damaged: set[Path] = set()  # found by this process: what replaces them does not keep them as the one before
 
 
+class NotSaved(L3DError):
+    """A checkpoint could not be written (a full disk); the one before it is still there."""
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints in one file, written aside, flushed to the disk and renamed; they are read from either form.
 
@@ -65,7 +69,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             take_place(aside, target)
         except OSError as error:  # a full disk: the checkpoint before this one is still whole
             remove(aside)
-            raise L3DError(
+            raise NotSaved(
                 f"checkpoint: {target} cannot be written ({error.strerror}); the one before it is kept"
             ) from error
 
@@ -101,6 +105,8 @@ def newest_and_previous(path: Path) -> list[Path]:
 
 def make_older(path: Path, keep: int) -> None:
     """Make room for one more before `path`: those before it age by one, and more than `keep` of them go."""
+    if not previous_of(path).exists():
+        return  # there is room: what was to be written then was not
     remove(previous_of(path, keep) if keep > 1 else None)
     for age in range(keep - 1, 0, -1):
         if previous_of(path, age).exists():
@@ -137,7 +143,10 @@ def remove(path: Path | None) -> None:
 
 def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     with open(path, "wb") as file:
-        write(file)
+        try:
+            write(file)
+        except RuntimeError as error:  # torch.save's own bookkeeping trips over a full disk
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         file.flush()
         os.fsync(file.fileno())
 
@@ -380,7 +389,7 @@ def save_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
         checkpoint: with tensors as `Module.state_dict` and `Optimizer.state_dict` give them.
 
     Raises:
-        L3DError: a rank cannot write its part (a full disk); on all of them, and the checkpoint before it is kept.
+        NotSaved: a rank cannot write its part (a full disk); on all of them, and the checkpoint before it is kept.
     """
     ranks, folder = Ranks.of_run(), Path(folder)
     aside = aside_of(folder)
@@ -425,7 +434,7 @@ def save_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
     except L3DError as error:
         if ranks.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
-        raise L3DError(f"checkpoint: {folder} cannot be written ({error}); the one before it is kept") from error
+        raise NotSaved(f"checkpoint: {folder} cannot be written ({error}); the one before it is kept") from error
 
 
 def _outline(tensor: Tensor) -> Tensor:
