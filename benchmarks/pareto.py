@@ -17,12 +17,12 @@ In `--root`:
 from __future__ import annotations
 
 import csv
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, fields
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from l3d_pl.atlas.pictures import STYLE
 from l3d_pl.batch_topk import check_k
 from l3d_pl.callbacks import Stopped
 from l3d_pl.cli import OneLineParser, bad_input_in, find_config, one_line, quiet, run
-from l3d_pl.errors import L3DError, require_choice
+from l3d_pl.errors import require_choice
+from l3d_pl.figures.sweeps import cells_in, fit_grid, last_validation
 
 LINES: dict[str, dict[str, Any]] = {
     "l3d_pl": {"linestyle": "-", "marker": "o"},
@@ -75,17 +74,16 @@ def fit(config: str, recipe: str, n_v: int, k: float, more: Sequence[str], folde
     start, start_cpu = time.perf_counter(), time.process_time()
     cli = run(["fit", *args, "--trainer.default_root_dir", str(folder)])
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
-    with open(folder / "metrics.csv", newline="") as file:
-        last = [row for row in csv.DictReader(file) if row.get("val/loss")][-1]
+    last = last_validation(folder)
     return Cell(
         recipe=recipe,
         n_v=n_v,
         k=k,
-        loss=float(last["val/loss"]),
+        loss=last["val/loss"],
         l0=k * n_v,
-        loss_at_threshold=float(last["val/loss_at_threshold"]),
-        l0_at_threshold=float(last["val/l0_at_threshold"]),
-        dead_fraction=float(last["val/dead_fraction"]),
+        loss_at_threshold=last["val/loss_at_threshold"],
+        l0_at_threshold=last["val/l0_at_threshold"],
+        dead_fraction=last["val/dead_fraction"],
         steps=cli.trainer.global_step,
         seconds=seconds,
         cpu_seconds=cpu_seconds,
@@ -101,35 +99,20 @@ def sweep(
     Raises:
         L3DError: `root` holds cells of another config, or with other arguments.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    made_by, common = root / "arguments.json", [config, *more]
-    if made_by.is_file() and (kept := json.loads(made_by.read_text())) != common:
-        raise L3DError(f"root: {root} is of {' '.join(kept)}; give {' '.join(common)} another --root")
-    save(made_by, common)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)  # not rich's global one: Lightning's own bar, of a target's training, resets that
-    with Progress(*columns, console=console) as progress:
-        grid = list(product(recipes, sorted(set(n_v)), sorted(set(k))))
-        bar = progress.add_task("", total=len(grid))
-        for recipe, width, share in grid:
-            progress.update(bar, description=f"{recipe}, n_v {width}, k {share:g}")
-            folder = root / f"{recipe}_nv{width}_k{share:g}"
-            if not (folder / "cell.json").is_file():
-                save(folder / "cell.json", asdict(fit(config, recipe, width, share, more, folder)))
-                write(cells_of(root), root)
-            progress.advance(bar)
+    fits = {
+        f"{recipe}_nv{width}_k{share:g}": partial(cell, config, recipe, width, share, more)
+        for recipe, width, share in product(recipes, sorted(set(n_v)), sorted(set(k)))
+    }
+    fit_grid(root, [config, *more], fits, lambda: write(cells_of(root), root))
     return cells_of(root)
 
 
-def save(path: Path, content: object) -> None:
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(json.dumps(content, indent=1))
-    os.replace(aside, path)
+def cell(config: str, recipe: str, n_v: int, k: float, more: Sequence[str], folder: Path) -> dict[str, Any]:
+    return asdict(fit(config, recipe, n_v, k, more, folder))
 
 
 def cells_of(root: Path) -> list[Cell]:
-    cells = [Cell(**json.loads(path.read_text())) for path in root.glob("*/cell.json")]
-    return sorted(cells, key=lambda c: (c.recipe, c.n_v, c.k))
+    return sorted((Cell(**cell) for cell in cells_in(root)), key=lambda c: (c.recipe, c.n_v, c.k))
 
 
 def write(cells: Sequence[Cell], root: Path) -> None:
