@@ -230,6 +230,8 @@ class L3D(L.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimizer's step, then unit norms, then repairs."""
         super().optimizer_step(*args, **kwargs)
+        for parameter in self.subnetworks.parameters():
+            parameter.grad = None  # or it would lie there while the next one is made
         step = self._progress.step = self.trainer.global_step + 1  # Lightning counts this step only afterwards
         done = step / max(1, self._progress.total_steps)
         with writable_parameters(self.trainer.strategy):

@@ -93,6 +93,17 @@ class Ranks:
         dist.all_gather(found, padded, group=self.group)
         return [whole[tuple(slice(0, int(size)) for size in shape)] for whole, shape in zip(found, shapes, strict=True)]
 
+    def join(self, tensor: Tensor, rows: Sequence[int]) -> Tensor:
+        """Every rank's rows below each other, in one piece; `rows`: how many each has, of one size."""
+        most = max(rows)
+        if len(tensor) < most:
+            tensor = torch.cat([tensor, tensor.new_zeros(most - len(tensor), *tensor.shape[1:])])
+        whole = tensor.new_empty(self.size * most, *tensor.shape[1:])
+        dist.all_gather_into_tensor(whole, tensor.contiguous(), group=self.group)
+        if min(rows) == most:
+            return whole
+        return torch.cat([whole[i * most : i * most + count] for i, count in enumerate(rows)])
+
     def shard_of(self, n: int, rank: int | None = None) -> slice:
         """Which of n things a rank (default: this one) owns: equal parts, the last ones smaller, as DTensor cuts."""
         part = -(-n // self.size)

@@ -625,7 +625,7 @@ class Planner:
         """One strategy, laid out as its own files say: step.py, sharded.py, strategies/."""
         extracted, ranks = self.extracted, self.world.ranks
         v = 2 * costs.side  # V_in and V_out
-        parameters, old_gradients, optimizer, extra = v, v, 2 * v, 0
+        parameters, optimizer, extra = v, 2 * v, 0
         sent: dict[str, int] = {}
         host = 0
         around = (ranks - 1) / ranks  # what leaves a rank of a ring that gathers, or that sums up and scatters
@@ -644,21 +644,20 @@ class Planner:
         elif stage:
             optimizer = 2 * v // ranks
             parameters = v + v // ranks if stage < 3 else 2 * v // ranks  # with the master copy
-            old_gradients = v if stage == 1 else v // ranks
             extra = (v if stage == 3 else 0) + 2 * 4 * min(DEEPSPEED_BUCKET, self.largest_parameter)
             sent["gradients"], sent["V"] = int(around * v), int(around * v)
             if offload:
                 own = v // ranks
                 host = self.world.gpus * (own + 2 * own + own + (own if stage == 3 else 0))
-                parameters, optimizer, old_gradients = (v if stage < 3 else 0), 0, 0
+                parameters, optimizer = (v if stage < 3 else 0), 0
         anchors, collecting = self.anchors
         target = self.sharded_target if getattr(self.model, "shard_target", False) else self.target
         always = parameters + target + anchors + extra
-        trained = always + old_gradients + optimizer
+        trained = always + optimizer
         d_and_a = shards * extracted.captured
         rest = extracted.held - extracted.captured  # outputs and references
-        # While they are shared there are the ranks' parts, the whole put together, and what is sent.
-        sharing = (2 * shards + 1) * extracted.captured + rest if shards > 1 else 0
+        # While they are shared there are this rank's, and the whole put together.
+        sharing = (shards + 1) * extracted.captured + rest if shards > 1 else 0
         contracting = d_and_a + rest + costs.block
         phases = {
             "the start": parameters + target + collecting,
@@ -670,7 +669,7 @@ class Planner:
         when = max(phases, key=phases.__getitem__)
         memory = {
             "V": parameters,
-            "gradients": old_gradients + v,
+            "gradients": v,
             "optimizer": optimizer,
             "target": target,
             "anchors": anchors,

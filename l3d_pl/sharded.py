@@ -16,13 +16,15 @@ S - 1 times its codes [samples of the group, n_v / S]. With several groups, thei
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from l3d_pl.batch_topk import batch_topk
-from l3d_pl.gradients import DenseGradient, OuterGradient, SampleGradient, concatenate
+from l3d_pl.gradients import DenseGradient, OuterGradient, SampleGradient
 from l3d_pl.parallel import Ranks
 from l3d_pl.step import Side, Step
 from l3d_pl.subnetworks import Prepared, Reconstruction, Subnetworks
@@ -30,21 +32,35 @@ from l3d_pl.tucker import Matrices, Tucker, flatten, unflatten
 
 
 def share_gradients(gradients: Mapping[str, SampleGradient], group: Ranks) -> dict[str, SampleGradient]:
-    """The gradients of all the group's samples, in the order of its ranks."""
+    """The gradients of all the group's samples, in the order of its ranks; one parameter after the other."""
     if group.size == 1:
         return dict(gradients)
-    parts: dict[str, list[SampleGradient]] = {}
+    sizes = group.gather({name: _sizes(gradient) for name, gradient in gradients.items()})
+    shared: dict[str, SampleGradient] = {}
     for name, gradient in gradients.items():
-        if isinstance(gradient, OuterGradient):
-            outputs, inputs = group.all_gather(gradient.outputs), group.all_gather(gradient.inputs)
-            indices = group.gather(None if gradient.index is None else gradient.index.cpu())
-            parts[name] = [
-                OuterGradient(d, a, gradient.shape, gradient.is_transposed, None if i is None else i.to(d.device))
-                for d, a, i in zip(outputs, inputs, indices, strict=True)
-            ]
-        else:
-            parts[name] = [DenseGradient(values) for values in group.all_gather(gradient.dense())]
-    return {name: concatenate(part) for name, part in parts.items()}
+        theirs = [by_name[name] for by_name in sizes]
+        rows = [its[0] for its in theirs]
+        if not isinstance(gradient, OuterGradient):
+            shared[name] = DenseGradient(group.join(gradient.dense(), rows))
+            continue
+        (own_t, own_s), (t, s) = gradient.outputs.shape[1:3], (max(its[i] for its in theirs) for i in (1, 2))
+        outputs = pad(gradient.outputs, (0, 0, 0, s - own_s, 0, t - own_t))
+        inputs = pad(gradient.inputs, (0, s - own_s) if gradient.is_one_hot else (0, 0, 0, s - own_s))
+        index = None
+        if any(its[1:] != (t, s, True) for its in theirs):  # somewhere positions do not count, or are not there
+            samples = torch.arange(rows[group.rank] * own_t, device=outputs.device)
+            samples = samples if gradient.index is None else gradient.index
+            samples = sum(rows[: group.rank]) * t + samples // own_t * t + samples % own_t
+            index = torch.cat(group.all_gather(samples))
+        outputs, inputs = group.join(outputs, rows), group.join(inputs, rows)
+        shared[name] = replace(gradient, outputs=outputs, inputs=inputs, index=index)
+    return shared
+
+
+def _sizes(gradient: SampleGradient) -> tuple[Any, ...]:
+    if isinstance(gradient, OuterGradient):
+        return *gradient.outputs.shape[:3], gradient.index is None
+    return (gradient.n_samples,)
 
 
 def decompose_sharded(

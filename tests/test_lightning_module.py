@@ -170,12 +170,10 @@ def test_accumulated_gradient_is_the_mean_over_batches_and_is_clipped(tmp_path: 
     norms: list[float] = []
 
     class Clipped(L.Callback):
-        def on_before_zero_grad(self, trainer: L.Trainer, module: L3D, optimizer: object) -> None:
-            norms.append(
-                float(
-                    torch.nn.utils.get_total_norm(
-                        [p.grad for p in module.subnetworks.parameters() if p.grad is not None]
-                    )
+        def on_train_start(self, trainer: L.Trainer, module: L3D) -> None:
+            trainer.optimizers[0].register_step_post_hook(
+                lambda *_: norms.append(
+                    float(torch.nn.utils.get_total_norm([p.grad for p in module.subnetworks.parameters()]))
                 )
             )
 
