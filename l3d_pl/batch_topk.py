@@ -1,7 +1,7 @@
 """Batch top-k (paper, "batchTopK"): which coefficients of a batch take part in the reconstruction.
 
 Over the whole batch, all samples and subnetworks together, the fraction k with the largest |c| is kept: a sample that
-needs more subnetworks gets more.
+needs more subnetworks gets more. A few subnetworks (`n_dense`, the first ones) may always take part, outside of it.
 """
 
 import torch
@@ -23,7 +23,7 @@ def n_selected(k: float, n: int) -> int:
     return min(n, max(1, round(k * n)))
 
 
-def batch_topk(coefficients: Tensor, k: float, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
+def batch_topk(coefficients: Tensor, k: float, ranks: Ranks = ALONE, n_dense: int = 0) -> tuple[Tensor, Tensor]:
     """Select exactly the fraction k of |c| over a batch [N, R, n_v], for each of R restarts by itself.
 
     Ties at the threshold go to the earlier entries (rank, then sample, then subnetwork), so that the number kept is
@@ -31,10 +31,14 @@ def batch_topk(coefficients: Tensor, k: float, ranks: Ranks = ALONE) -> tuple[Te
 
     Args:
         ranks: the batch is that of all of them, each giving its own samples.
+        n_dense: the first so many subnetworks are all kept, and the fraction k is of the others.
 
     Returns:
         mask [N, R, n_v] of bool, and the threshold [R]: the smallest |c| kept on any rank.
     """
+    if n_dense:
+        mask, threshold = batch_topk(coefficients[..., n_dense:], k, ranks)
+        return torch.nn.functional.pad(mask, (n_dense, 0), value=True), threshold
     samples, restarts, n_subnetworks = coefficients.shape
     scores = coefficients.detach().abs().transpose(0, 1).reshape(restarts, -1)
     if ranks.size == 1:
@@ -78,6 +82,13 @@ def global_threshold(scores: Tensor, count: int, ranks: Ranks) -> Tensor:
     return prefix.view(scores.dtype)
 
 
+def at_threshold(coefficients: Tensor, threshold: Tensor | float, n_dense: int = 0) -> Tensor:
+    """Mask [.., n_v] of the coefficients at or above a threshold; the first `n_dense` subnetworks always take part."""
+    mask = coefficients.abs() >= threshold
+    mask[..., :n_dense] = True
+    return mask
+
+
 class RunningThreshold(nn.Module):
     """Running mean of batch top-k's threshold, for inference: a sample alone is encoded as it would be in any batch.
 
@@ -100,6 +111,6 @@ class RunningThreshold(nn.Module):
         self.value.lerp_(threshold.to(self.value), weight.to(self.value))
         self.started.fill_(True)
 
-    def forward(self, coefficients: Tensor) -> Tensor:
-        """Mask [N, R, n_v] of the coefficients at or above the running threshold."""
-        return coefficients.abs() >= self.value.unsqueeze(1)
+    def forward(self, coefficients: Tensor, n_dense: int = 0) -> Tensor:
+        """Mask [N, R, n_v] of the coefficients at or above the running threshold, and of the first `n_dense`."""
+        return at_threshold(coefficients, self.value.unsqueeze(1), n_dense)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from l3d_pl.batch_topk import batch_topk
+from l3d_pl.batch_topk import at_threshold, batch_topk
 from l3d_pl.divergence import DivergenceLike, make_divergence
 from l3d_pl.errors import L3DError
 from l3d_pl.gradients import GradientExtractor
@@ -169,9 +169,13 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         chosen = self.subnetworks.v_in if side == "in" else self.subnetworks.v_out
         return {name: tucker.dense() for name, tucker in chosen.tuckers().items()}
 
+    def active(self, coefficients: Tensor) -> Tensor:
+        """Which coefficients [N, n_v] take part: |c| at or above the running threshold, and the dense subnetworks."""
+        return at_threshold(coefficients, self.threshold, self.subnetworks.n_dense)
+
     @torch.no_grad()
     def encode(self, inputs: Any, references: Tensor | None = None) -> Tensor:
-        """Codes of samples, [N, n_v]: V_in g where |V_in g| is at or above the running threshold, else 0.
+        """Codes of samples, [N, n_v]: V_in g where it takes part (see `active`), else 0.
 
         A sample's code does not depend on the others of the batch. By default it is compared with the mean output of
         the held-out data: both divergences' gradients are affine in the reference (in its probabilities, for KL), so
@@ -188,7 +192,7 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
                 )
             references = self.mean_reference.unsqueeze(0)
         c = self.subnetworks.coefficients(self._gradients(inputs, references, None))[:, 0]
-        return c * (c.abs() >= self.threshold)
+        return c * self.active(c)
 
     @torch.no_grad()
     def impact(self, inputs: Any, n_references: int = 8, seed: int = 0) -> Tensor:
@@ -213,7 +217,7 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         """L of a batch: references drawn as in training, batch top-k over the batch (paper, "Reconstruction loss")."""
         prepared = self._gradients(inputs, None, torch.Generator().manual_seed(seed))
         c = self.subnetworks.coefficients(prepared)
-        mask, _ = batch_topk(c, self.k if k is None else k)
+        mask, _ = batch_topk(c, self.k if k is None else k, n_dense=self.subnetworks.n_dense)
         return float(self.subnetworks.reconstruct(prepared, c * mask).loss[0])
 
     @contextmanager
@@ -234,6 +238,7 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         return {
             "format_version": FORMAT_VERSION,
             "n_subnetworks": self.n_subnetworks,
+            "n_dense": self.subnetworks.n_dense,
             "parameters": {
                 name: {"shape": list(shape), "ranks": list(self.subnetworks.ranks[name])}
                 for name, shape in self.subnetworks.shapes.items()
@@ -345,7 +350,8 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
             raise L3DError(f"decomposition: {folder / WEIGHTS} cannot be read ({error})") from error
         shapes = {name: tuple(entry["shape"]) for name, entry in config["parameters"].items()}
         ranks = {name: list(entry["ranks"]) for name, entry in config["parameters"].items()}
-        subnetworks = Subnetworks(shapes, config["n_subnetworks"], ranks)
+        n_dense = config.get("n_dense", 0)  # (earlier versions had none)
+        subnetworks = Subnetworks(shapes, config["n_subnetworks"], ranks, n_dense=n_dense)
         state = subnetworks.state_dict()
         for name, value in state.items():
             stored = tensors.get(name.replace("/", "."))

@@ -84,6 +84,7 @@ def outline(stored: Stored) -> tuple[Decomposition, int]:
             {name: entry["shape"] for name, entry in parameters.items()},
             n_v,
             {name: list(entry["ranks"]) for name, entry in parameters.items()},
+            n_dense=settings.get("n_dense", 0),  # (earlier versions had none)
         )
     for name, tensor in subnetworks.state_dict().items():
         found = stored.tensors.get(f"state_dict.subnetworks.{name}")

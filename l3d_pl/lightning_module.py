@@ -79,6 +79,7 @@ class L3D(L.LightningModule):
         parameters: which of its tensors, as globs (or regular expressions after `re:`).
         n_subnetworks: n_v.
         k: fraction of the batch's coefficients that batch top-k keeps.
+        n_dense: the first so many subnetworks take part in every sample, and batch top-k chooses among the others.
         ranks: Tucker rank: an int, a fraction of each dimension, a list with one per mode, or {pattern: one of these}.
         divergence: `mse`, `kl`, or an instance of `l3d_pl.divergence.Divergence`.
         reference: `random`, `mean`, `uniform`, `contrastive`.
@@ -124,6 +125,7 @@ class L3D(L.LightningModule):
         parameters: str | list[str] = "*",
         n_subnetworks: int = 100,
         k: float = 0.1,
+        n_dense: int = 0,
         ranks: TuckerRanks = 1,
         divergence: str | Divergence = "mse",
         reference: str = "random",
@@ -184,7 +186,7 @@ class L3D(L.LightningModule):
         self.extractor = GradientExtractor(target, chosen, divergence, reference, sample, tokens_per_sequence, autocast)
         shapes = {name: tensor.shape for name, tensor in chosen.items()}
         self._make_subnetworks = partial(
-            Subnetworks, shapes, n_subnetworks, ranks, restarts, memory_budget=memory_budget
+            Subnetworks, shapes, n_subnetworks, ranks, restarts, memory_budget=memory_budget, n_dense=n_dense
         )
         if not START_LATER.get():
             self.subnetworks = self._make_subnetworks(generator=self._generator("start"))
@@ -481,8 +483,8 @@ class L3D(L.LightningModule):
             return
         with torch.no_grad():
             c = self.subnetworks.coefficients(prepared)
-            mask, _ = batch_topk(c, self.k, self._ranks)
-            alone = self.threshold(c)
+            mask, _ = batch_topk(c, self.k, self._ranks, self.subnetworks.own_dense)
+            alone = self.threshold(c, self.subnetworks.own_dense)
             for metric, codes in ((self.val_loss, c * mask), (self.val_threshold_loss, c * alone)):
                 metric.update(self._reconstruct(prepared, codes).loss, prepared.energy)
             self.val_activity.update(self.subnetworks.everyone(alone.sum(0)), prepared.n_samples)
@@ -672,6 +674,7 @@ class L3D(L.LightningModule):
         return {
             "parameters": {n: {"shape": list(shape), "ranks": list(v.ranks[n])} for n, shape in v.shapes.items()},
             "n_subnetworks": v.n_subnetworks,
+            "n_dense": v.n_dense,
             "restarts": v.restarts,
             "divergence": extractor.divergence.name,
             "reference": extractor.reference,

@@ -69,7 +69,7 @@ def state_of(subnetworks: Subnetworks, restart: int, prepared: Prepared, k: floa
     index = subnetworks.local_restart(restart)
     view_out = subnetworks.view(subnetworks.v_out, prepared).select(index)
     c = subnetworks.everyone(subnetworks.view(subnetworks.v_in, prepared).select(index).coefficients(prepared))
-    mask, _ = batch_topk(c.unsqueeze(1), k)
+    mask, _ = batch_topk(c.unsqueeze(1), k, n_dense=subnetworks.n_dense)
     gram = view_out.gram(view_out) if subnetworks.group.size == 1 else gram_sharded(subnetworks)
     return State(c, subnetworks.everyone(view_out.coefficients(prepared)), gram, c * mask.squeeze(1))
 
@@ -195,7 +195,7 @@ def best_swap(
     Args:
         state: `state_of` the restart on `prepared`.
         new: the candidates' directions, of unit norm.
-        max_slots: with more subnetworks than this, only those whose removal costs least are tried.
+        max_slots: with more subnetworks than this, only those whose removal costs least are tried. The dense ones stay.
     """
     codes, n = state.codes, state.codes.shape[1]
     view = subnetworks.view(subnetworks.v_out, prepared).select(subnetworks.local_restart(restart))
@@ -206,14 +206,14 @@ def best_swap(
     away, left = readers(state.gram, overlaps)
 
     removal = (codes * (2 * state.p - 2 * codes @ state.gram)).sum(0) + codes.square().sum(0) * state.gram.diagonal()
-    slots = removal.argsort()[:max_slots]
+    slots = removal[subnetworks.n_dense :].argsort()[:max_slots] + subnetworks.n_dense
     least, which, slot = math.inf, 0, 0
     for candidate in range(columns.shape[1]):
         for part in slots.split(max(1, 4_000_000 // codes.numel())):  # [slots, N, n_v] in bounded memory
             put = torch.nn.functional.one_hot(part, n).to(codes.dtype).unsqueeze(1)  # [slots, 1, n_v]
             read = (columns[:, candidate] - away[candidate, part] @ state.p.mT) / left[candidate, part, None]
             c = torch.lerp(state.c, read.unsqueeze(2), put)
-            mask, _ = batch_topk(c.transpose(0, 1), k)
+            mask, _ = batch_topk(c.transpose(0, 1), k, n_dense=subnetworks.n_dense)
             row = torch.lerp(overlaps[candidate].unsqueeze(0), torch.ones_like(put[:, 0]), put[:, 0])  # unit norm
             gram = torch.lerp(torch.lerp(state.gram, row.unsqueeze(1), put.mT), row.unsqueeze(2), put)
             p = torch.lerp(state.p, columns[:, candidate, None], put)

@@ -121,7 +121,7 @@ class _ShardedStep(torch.autograd.Function):
             scale = 2 / energy
             c = side_in.coefficients()
             if among is None:
-                mask, threshold = batch_topk(c.unsqueeze(1), k, ranks)
+                mask, threshold = batch_topk(c.unsqueeze(1), k, ranks, subnetworks.own_dense)
             else:
                 mask = torch.zeros_like(c, dtype=torch.bool).unsqueeze(1)
                 mask[:, :, among], threshold = batch_topk(c[:, among].unsqueeze(1), k, ranks)

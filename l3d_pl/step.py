@@ -50,7 +50,8 @@ def decompose(subnetworks: Subnetworks, prepared: Prepared, k: float, ranks: Ran
     tuckers_in, tuckers_out = subnetworks.v_in.tuckers(), subnetworks.v_out.tuckers()
     flat = flatten([tuckers_in[name] for name in names]) + flatten([tuckers_out[name] for name in names])
     modes = [len(subnetworks.shapes[name]) for name in names]
-    return Step(*_Step.apply(prepared, k, ranks, subnetworks.restarts, subnetworks.chunk, modes, *flat))
+    sizes = subnetworks.restarts, subnetworks.own_dense, subnetworks.chunk
+    return Step(*_Step.apply(prepared, k, ranks, *sizes, modes, *flat))
 
 
 class Side:
@@ -96,7 +97,15 @@ class Side:
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, prepared: Prepared, k: float, ranks: Ranks, restarts: int, chunk: int, modes: list[int], *flat: Tensor
+        ctx: Any,
+        prepared: Prepared,
+        k: float,
+        ranks: Ranks,
+        restarts: int,
+        n_dense: int,
+        chunk: int,
+        modes: list[int],
+        *flat: Tensor,
     ) -> Any:
         with torch.autocast(flat[0].device.type, enabled=False):
             half, samples = len(flat) // 2, prepared.n_samples
@@ -113,7 +122,7 @@ class _Step(torch.autograd.Function):
                 c = torch.mm(prepared.block, v_in) if c is None else torch.addmm(c, prepared.block, v_in)
             assert c is not None  # every parameter is in the block or factored
             c = c.view(samples, restarts, -1)
-            mask, threshold = batch_topk(c, k, ranks)
+            mask, threshold = batch_topk(c, k, ranks, n_dense)
             by_restart = (c * mask).transpose(0, 1)  # codes, [R, N, n_v]
 
             error: Tensor | float = 0.0
@@ -156,4 +165,4 @@ class _Step(torch.autograd.Function):
         if d_loss.is_cuda or bool((d_loss != 1).any()):
             per_subnetwork = d_loss.repeat_interleave(gradients[0].shape[0] // d_loss.shape[0])
             gradients = [g * per_subnetwork.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
-        return None, None, None, None, None, None, *gradients
+        return *[None] * 7, *gradients

@@ -254,9 +254,10 @@ class Subnetworks(nn.Module):
         memory_budget: GiB that the intermediate results of a step may take together.
         group: the ranks among which the subnetworks are sharded; this process then holds `own` of them only, drawn as
             a single process would.
+        n_dense: the first so many subnetworks take part in every sample, outside batch top-k.
 
     Raises:
-        L3DError: n_v or restarts below 1, invalid ranks, restarts that are sharded.
+        L3DError: n_v or restarts below 1, invalid ranks, restarts that are sharded, n_dense outside 0 ... n_v - 1.
     """
 
     def __init__(
@@ -268,6 +269,7 @@ class Subnetworks(nn.Module):
         generator: torch.Generator | None = None,
         memory_budget: float = 1.0,
         group: Ranks = ALONE,
+        n_dense: int = 0,
     ):
         super().__init__()
         if n_subnetworks < 1:
@@ -283,6 +285,9 @@ class Subnetworks(nn.Module):
         self.n_subnetworks, self.restarts, self.memory_budget, self.group = (
             n_subnetworks, restarts, memory_budget, group
         )  # fmt: skip
+        if not 0 <= n_dense < n_subnetworks:
+            raise L3DError(f"n_dense: found {n_dense}; allowed are 0 to n_subnetworks - 1 = {n_subnetworks - 1}")
+        self.n_dense = n_dense
         self.own = group.shard_of(restarts * n_subnetworks)
         self.v_out = Directions(self.shapes, self.ranks, restarts * n_subnetworks, generator, self.own)
         self.v_out.normalise_()
@@ -337,6 +342,11 @@ class Subnetworks(nn.Module):
             sums[name] = self.group.sum(part).view(-1, *self.shapes[name])
         return sums
 
+    @property
+    def own_dense(self) -> int:
+        """How many of the first `n_dense` subnetworks are stored here (of each restart); they are the first ones."""
+        return self.n_dense if self.group.size == 1 else min(max(0, self.n_dense - self.own.start), self.v_out.n)
+
     def local_restart(self, r: int) -> slice:
         """Restart r among the stored subnetworks: all of them, where they are sharded."""
         return self.restart(r) if self.group.size == 1 else slice(0, self.v_out.n)
@@ -345,7 +355,11 @@ class Subnetworks(nn.Module):
     def whole(self) -> Subnetworks | None:
         """All shards together, on the CPU of the group's first rank; None on the others. Every rank has to ask."""
         first = self.group.rank == 0
-        joined = Subnetworks(self.shapes, self.n_subnetworks, self._given_ranks(), self.restarts) if first else None
+        joined = (
+            Subnetworks(self.shapes, self.n_subnetworks, self._given_ranks(), self.restarts, n_dense=self.n_dense)
+            if first
+            else None
+        )
         places = list(joined.parameters()) if joined is not None else []
         for index, tensor in enumerate(self.tensors()):
             parts = self.group.all_gather(tensor)
@@ -483,7 +497,7 @@ class Subnetworks(nn.Module):
     @torch.no_grad()
     def extract_restart(self, r: int) -> Subnetworks:
         """Restart r alone, as a new `Subnetworks`."""
-        alone = Subnetworks(self.shapes, self.n_subnetworks, self._given_ranks())
+        alone = Subnetworks(self.shapes, self.n_subnetworks, self._given_ranks(), n_dense=self.n_dense)
         for mine, theirs in ((alone.v_in, self.v_in), (alone.v_out, self.v_out)):
             mine.to(next(self.parameters()))
             mine.copy_({name: tucker.select(self.restart(r)) for name, tucker in theirs.tuckers().items()})

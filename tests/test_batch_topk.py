@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from l3d_pl import L3DError
-from l3d_pl.batch_topk import RunningThreshold, batch_topk, check_k, n_selected
+from l3d_pl.batch_topk import RunningThreshold, at_threshold, batch_topk, check_k, n_selected
 
 
 def by_sorting(values: Tensor, k: float) -> tuple[Tensor, float]:
@@ -62,6 +62,15 @@ def test_restarts_are_independent() -> None:
         alone, threshold = batch_topk(c[:, r : r + 1], 0.3)
         assert torch.equal(together[:, r : r + 1], alone)
         assert torch.equal(thresholds[r : r + 1], threshold)
+
+
+def test_dense_subnetworks_take_part_at_any_threshold() -> None:
+    c = torch.tensor([[0.0, 0.1, 2.0], [0.0, -3.0, 0.2]])
+    assert at_threshold(c, 1.0, 1).tolist() == [[True, False, True], [True, True, False]]
+    assert not at_threshold(c, 1.0)[:, 0].any()
+    running = RunningThreshold()
+    running.update(torch.tensor([1.0]))
+    assert torch.equal(running(c.unsqueeze(1), 1)[:, 0], at_threshold(c, 1.0, 1))
 
 
 @pytest.mark.parametrize("k", [0, -0.1, 1.0001, 2, float("nan")])

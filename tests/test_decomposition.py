@@ -254,6 +254,19 @@ def test_encode_is_the_thresholded_coefficient_against_the_mean(divergence: str)
     assert_same(decomposition.encode((inputs, "labels"), references), torch.where(c.abs() >= threshold, c, 0))
 
 
+def test_dense_subnetworks_are_kept_and_always_coded(tmp_path: Path) -> None:
+    decomposition, model, inputs = make(threshold=1e9)
+    decomposition.subnetworks.n_dense = 2
+    decomposition.save_pretrained(tmp_path)
+    loaded = Decomposition.from_pretrained(tmp_path, target=model)
+    codes = loaded.encode(inputs)
+    assert (codes[:, :2] != 0).all()
+    assert not codes[:, 2:].any()
+    assert loaded.reconstruction_loss(inputs) == decomposition.reconstruction_loss(inputs)
+    decomposition.subnetworks.n_dense = 0
+    assert loaded.reconstruction_loss(inputs) != decomposition.reconstruction_loss(inputs)
+
+
 def test_a_code_does_not_depend_on_the_rest_of_the_batch() -> None:
     decomposition, _, inputs = make()
     together = decomposition.encode(inputs)

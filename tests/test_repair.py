@@ -174,6 +174,20 @@ def test_swaps_repair_a_planted_fault(representation: str, fault: str) -> None: 
     assert all(torch.equal(p[5:], old) for p, old in zip(subnetworks.parameters(), other, strict=True))
 
 
+def test_swaps_leave_dense_subnetworks_alone(representation: str) -> None:  # noqa: F811
+    """The fault would be mended in slot 0 or 1, which are dense: neither is touched."""
+    gradients, _ = planted(5, 200)
+    subnetworks = with_fault("duplicated", gradients)
+    anchor = anchor_of(subnetworks, gradients, planted(5, 300)[0])
+    subnetworks.n_dense = 2
+    before = [parameter[:2].clone() for parameter in subnetworks.parameters()]
+    swapped = [swap(subnetworks, 0, anchor, K, torch.Generator().manual_seed(n), min_gain=0) for n in range(6)]
+    assert all(index is None or index >= 2 for index in swapped)
+    assert all(torch.equal(p[:2], old) for p, old in zip(subnetworks.parameters(), before, strict=True))
+    subnetworks.n_dense = 0
+    assert swap(subnetworks, 0, anchor, K, torch.Generator().manual_seed(0)) in (0, 1)
+
+
 @given(seed=st.integers(0, 1000), min_gain=st.sampled_from([0.0, 0.003, 0.1]))
 def test_a_swap_lowers_the_loss_on_the_judge_or_changes_nothing(seed: int, min_gain: float) -> None:
     random = torch.Generator().manual_seed(seed)

@@ -10,6 +10,7 @@ from oracles import LAYOUTS, assert_same, decomposition_problem, dense_direction
 from torch import Tensor
 
 from l3d_pl import Subnetworks
+from l3d_pl.batch_topk import n_selected
 from l3d_pl.gradients import DenseGradient, OuterGradient, SampleGradient
 from l3d_pl.step import decompose
 
@@ -59,6 +60,27 @@ def test_step_equals_autograd(layout: str, restarts: int, k: float, way: str) ->
     mine = gradients_of(subnetworks, (step.loss * weights).sum())
     assert mine.keys() == theirs.keys() == dict(subnetworks.named_parameters()).keys()
     for name, gradient in mine.items():
+        assert_same(gradient, theirs[name])
+
+
+@layouts
+@restarts_1_and_3
+@pytest.mark.parametrize("n_dense", [1, 4])
+def test_dense_subnetworks_always_take_part(layout: str, restarts: int, n_dense: int) -> None:
+    subnetworks, gradients = decomposition_problem(layout, restarts)
+    subnetworks.n_dense = n_dense
+    prepared = subnetworks.prepare(gradients)
+    step = decompose(subnetworks, prepared, 0.3)
+    assert step.mask[..., :n_dense].all()
+    rest, chosen = step.coefficients[..., n_dense:].abs(), step.mask[..., n_dense:]
+    for r in range(restarts):
+        assert int(chosen[:, r].sum()) == n_selected(0.3, 7 * (5 - n_dense))
+        assert float(step.threshold[r]) == float(rest[:, r][chosen[:, r]].min())
+        assert not (rest[:, r][~chosen[:, r]] > step.threshold[r]).any()
+    expected = explicit_loss(subnetworks, gradients, step.mask)
+    assert_same(step.loss.detach(), expected.detach())
+    theirs = gradients_of(subnetworks, expected.sum())
+    for name, gradient in gradients_of(subnetworks, step.loss.sum()).items():
         assert_same(gradient, theirs[name])
 
 

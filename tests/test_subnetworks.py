@@ -325,6 +325,8 @@ def test_ranks_per_pattern(ranks: Any, expected: list[tuple[int, ...]]) -> None:
     [
         ({"n_subnetworks": 0}, "^n_subnetworks: found 0; at least 1 is needed$"),
         ({"restarts": 0}, "^restarts: found 0; at least 1 is needed$"),
+        ({"n_dense": 2}, "^n_dense: found 2; allowed are 0 to n_subnetworks - 1 = 1$"),
+        ({"n_dense": -1}, "^n_dense: found -1; allowed are 0 to"),
         ({"ranks": 0}, r"^ranks of 'a\.weight': found 0"),
         ({"ranks": [2, 5]}, r"^ranks of 'a\.weight': found rank 5 above the dimension 4"),
         ({"ranks": [2, 2, 2]}, r"^ranks of 'a\.weight': found 3 entries"),

@@ -255,7 +255,7 @@ class Survey:
                 for name, value in prepared.combine(c.new_ones(1, len(c)), subnetworks.shapes).items():
                     self.gradient[name] += value[0].cpu()
             c = c.double().cpu()
-            active = c.abs() >= decomposition.threshold
+            active = decomposition.active(c)
             parts = {
                 "total": c,
                 "absolute": c.abs(),
