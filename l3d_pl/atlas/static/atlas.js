@@ -244,7 +244,7 @@ const Data = (() => {
     const last = run.curves.tensors || {};
     const rows = el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {},
       ["tensor", "shape", "rank per axis"].map((t) => el("th", { scope: "col" }, t)), el("th", { scope: "col", class: "number", title: "reconstruction loss of that tensor alone, last logged in training" }, "loss L"), el("th", { scope: "col", class: "number", title: "of the subnetworks' squared norm, on average" }, "share of norm"), el("th", {}))),
-      el("tbody", {}, run.tensors.map((t, i) => el("tr", {}, el("td", { class: "data" }, t.name), el("td", {}, t.shape.join(" × ")), el("td", {}, t.ranks.join(" × ")), el("td", { class: "number" }, number(last[t.name]?.[1].at(-1))),
+      el("tbody", {}, run.tensors.map((t, i) => el("tr", {}, el("td", { class: "data whole" }, t.name), el("td", { class: "whole" }, t.shape.join(" × ")), el("td", { class: "whole" }, t.ranks.join(" × ")), el("td", { class: "number" }, number(last[t.name]?.[1].at(-1))),
         el("td", { class: "number" }, percent(t.share)), el("td", {}, el("div", { class: "bars", "aria-hidden": "true" }, el("i", { style: { width: `${100 * t.share}%`, background: colours[i] } }))))))));
     return [el("h3", {}, "By tensor"), run.tensors.length > 12 ? el("details", {}, el("summary", {}, `${run.tensors.length} tensors`), rows) : rows];
   }
