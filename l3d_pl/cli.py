@@ -12,6 +12,7 @@
     l3d intervene DIR --subnetwork 3 --delta -1 1               push subnetworks and see what changes
     l3d compare DIR_A DIR_B                                     match the subnetworks of two runs
     l3d slurm submit|status|resume|collect DIR                  runs as jobs of a cluster
+    l3d experiment NAME [--seeds 0 1 2 3 4] [--steps 400 ...]   a question that the paper leaves open (docs/experiments)
     l3d demo | l3d toys                                         what `make run` and `make toys` run
 
 CONFIG is a YAML file, or the name of a shipped one (`tms`, `configs/tms.yaml`). Bad input ends with one line and exit
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "intervene": intervene_command,
         "compare": compare_command,
         "slurm": slurm_command,
+        "experiment": experiment_command,
         "demo": demo_command,
         "toys": toys_command,
     }
@@ -165,8 +167,8 @@ def find_config(name: str) -> str:
     raise L3DError(f"config: there is no file {name}, and no shipped config of that name{hint}")
 
 
-def require_yaml(path: str) -> None:
-    """Raise an `L3DError` that names the file and the line unless it is a YAML mapping."""
+def require_yaml(path: str) -> dict[str, Any]:
+    """A YAML mapping from a file, or an `L3DError` that names the file and the line."""
     import yaml
 
     try:
@@ -177,6 +179,7 @@ def require_yaml(path: str) -> None:
         raise L3DError(f"config: {path} is no YAML{place}: {problem}") from error
     if not isinstance(content, dict):
         raise L3DError(f"config: {path} holds {type(content).__name__}, allowed is a mapping such as 'model: ...'")
+    return content
 
 
 # -- fit, validate, test -----------------------------------------------------------------------------------------------
@@ -362,6 +365,29 @@ def slurm_command(args: list[str]) -> None:
         print(f"submitted again as {', '.join(jobs)}" if jobs else "nothing to resume")
     else:
         print(slurm.collect(known.dir))
+
+
+def experiment_command(args: list[str]) -> None:
+    from l3d_pl.experiments import EXPERIMENTS
+    from l3d_pl.experiments.common import SEEDS, load_experiment, parse_settings, run_experiment
+
+    parser = OneLineParser(
+        prog="l3d experiment",
+        description="A question that the paper leaves open (docs/experiments). Other options are the experiment's own "
+        "settings, such as --steps 400.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--config", type=Path, default=None, help="YAML file with settings")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="those that are finished are kept")
+    which.add_argument("--seed", type=int, default=None, help="one only, as a task of a Slurm array")
+    parser.add_argument("--output", type=Path, default=None, help="results (default: runs/experiments/NAME)")
+    parser.add_argument("--tiny", action="store_true", help="settings that take seconds, and show only that it runs")
+    known, overrides = parser.parse_known_args(args)
+    settings = parse_settings(load_experiment(known.name), known.config, overrides, known.tiny)
+    seeds = known.seeds if known.seed is None else [known.seed]
+    run_experiment(known.name, settings, known.output, seeds, ["l3d", "experiment", *args])
 
 
 # What `l3d demo` runs, one after the other, and what makes it short there: about five minutes in all on two cores.

@@ -130,9 +130,9 @@ def target_file(toy: str, target: str, root: Path) -> Path:
     return Path(target) if target.endswith(".safetensors") else root / "targets" / f"{toy}_seed{target}.safetensors"
 
 
-def ensure_target(toy: str, target: str, root: Path) -> None:
-    """Train the target of this toy and seed if its file is not there."""
-    _calm()
+def ensure_target(toy: str, target: str, root: Path, training: Sequence[str] = ()) -> None:
+    """Train the target of this toy and seed if its file is not there; `training`: more arguments of `l3d target`."""
+    calm()
     path = target_file(toy, target, root)
     if path.is_file():
         return
@@ -141,46 +141,61 @@ def ensure_target(toy: str, target: str, root: Path) -> None:
     from l3d_pl.lightning_cli import train_target
 
     config = str(shipped_configs() / "targets" / f"{toy}.yaml")
-    train_target(["--config", config, "--seed_everything", target, "--trainer.enable_progress_bar", "false"], str(path))
+    quiet = ["--trainer.enable_progress_bar", "false"]
+    train_target(["--config", config, "--seed_everything", target, *quiet, *training], str(path))
 
 
 def run_job(job: Job, root: Path) -> list[Run]:
     """All runs of a job."""
-    _calm()
-    config = yaml.safe_load(
-        (shipped_configs() / ("paper" if job.recipe == "paper" else "") / f"{job.toy}.yaml").read_text()
-    )
+    calm()
     if job.side_by_side:
-        return fit_and_score(job, config, root, seed=0)
-    return [run for seed in job.seeds for run in fit_and_score(job, config, root, seed)]
+        return fit_and_score(job, root, seed=0)
+    return [run for seed in job.seeds for run in fit_and_score(job, root, seed)]
 
 
-def fit_and_score(job: Job, config: dict[str, Any], root: Path, seed: int) -> list[Run]:
-    model, data_settings, trainer_settings = dict(config["model"]), config["data"]["init_args"], config["trainer"]
+def build_toy(toy: str, recipe: str = "l3d_pl") -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Settings of `L3D`, of `ToyData` and of the trainer from a shipped config; the target is built, not trained."""
+    config = yaml.safe_load((shipped_configs() / ("paper" if recipe == "paper" else "") / f"{toy}.yaml").read_text())
+    model = dict(config["model"])
     module_name, class_name = model["target"]["class_path"].rsplit(".", 1)
     model["target"] = getattr(importlib.import_module(module_name), class_name)(**model["target"].get("init_args", {}))
-    path = target_file(job.toy, job.target, root)
-    truth = load_target(path, model["target"])
-    model |= {"target_weights": None, "target_config": None, "restarts": job.restarts}
-    data = ToyData(**data_settings, seed=seed)
-    module = L3D(**model, seed=seed)
-    start = time.perf_counter()
+    model |= {"target_weights": None, "target_config": None}
+    return model, config["data"]["init_args"], config["trainer"]
+
+
+def fit_quietly(module: L.LightningModule, data: Any, **trainer: Any) -> float:
+    """Fit on one CPU, without files, bars and messages; returns the CPU seconds that it took.
+
+    Args:
+        data: a data module, or a training loader.
+        trainer: more settings of Lightning's Trainer, `max_epochs` or `max_steps` among them.
+    """
+    start = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = L.Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=trainer_settings["max_epochs"],
-            check_val_every_n_epoch=trainer_settings["max_epochs"],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
-            inference_mode=False,
-            default_root_dir=scratch,
-        )
-        trainer.fit(module, data)
+        settings = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,
+            "num_sanity_val_steps": 0,
+            "inference_mode": False,
+            "default_root_dir": scratch,
+        }
+        L.Trainer(**(settings | trainer)).fit(module, data)  # type: ignore[arg-type]
+    return time.process_time() - start
+
+
+def fit_and_score(job: Job, root: Path, seed: int) -> list[Run]:
+    model, data_settings, trainer_settings = build_toy(job.toy, job.recipe)
+    truth = load_target(target_file(job.toy, job.target, root), model["target"])
+    data = ToyData(**data_settings, seed=seed)
+    module = L3D(**(model | {"restarts": job.restarts}), seed=seed)
+    epochs = trainer_settings["max_epochs"]
+    start = time.perf_counter()
+    fit_quietly(module, data, max_epochs=epochs, check_val_every_n_epoch=epochs)
     seconds = (time.perf_counter() - start) / (job.restarts if job.side_by_side else 1)
     data.setup()
     inputs = data.test[torch.arange(len(data.test))]["inputs"]  # type: ignore[arg-type]
@@ -212,7 +227,8 @@ def fit_and_score(job: Job, config: dict[str, Any], root: Path, seed: int) -> li
     return runs
 
 
-def _calm() -> None:
+def calm() -> None:
+    """One thread, no warnings, no messages of Lightning's."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
