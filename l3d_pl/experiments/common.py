@@ -42,6 +42,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from datamodules.digits import DigitsData
 from datamodules.toy import ToyData
 from l3d_pl.analysis.alignment import number
 from l3d_pl.analysis.tables import replace
@@ -274,7 +275,7 @@ class Toy:
     Attributes:
         name: of the shipped config.
         model: settings of `L3D`, with the frozen `target`.
-        data: settings of `ToyData`.
+        data: settings of its data module.
         truth: what is known of the task (`A`).
     """
 
@@ -287,16 +288,20 @@ class Toy:
     def target(self) -> nn.Module:
         return self.model["target"]
 
+    def data_module(self, seed: int) -> ToyData | DigitsData:
+        """Its data, the training rows or their order by `seed`."""
+        return (DigitsData if self.name == "digits_cnn" else ToyData)(**self.data, seed=seed)
+
     def held_out(self) -> Tensor:
-        """The test rows, [n_test, features]; the same for every seed."""
-        data = ToyData(**self.data, seed=0)
+        """The test rows, [n_test, features] (images [n_test, 1, 8, 8]); the same for every seed."""
+        data = self.data_module(0)
         data.setup()
         return data.test[torch.arange(len(data.test))]["inputs"]  # type: ignore[arg-type]
 
     def fit(self, seed: int, steps: int, callbacks: Sequence[Any] = (), **model: Any) -> tuple[L3D, float]:
         """A decomposition by the shipped config's settings, with those of `model` instead; and its CPU seconds."""
         module = L3D(**(self.model | model), seed=seed)
-        seconds = fit_quietly(module, ToyData(**self.data, seed=seed), max_steps=steps, callbacks=list(callbacks))
+        seconds = fit_quietly(module, self.data_module(seed), max_steps=steps, callbacks=list(callbacks))
         return module, seconds
 
 
