@@ -8,6 +8,7 @@
     l3d report DIR                                              the atlas again, without analysing
     l3d export CHECKPOINT DIR                                   a checkpoint's decomposition; --checkpoint: as one file
     l3d atlas DIR [--output DIR]                                pages to read in a browser; analyses first if need be
+    l3d figures DIR [--sweeps]                                  the paper's figures of a toy run, also in its atlas
     l3d analyze DIR                                             what each subnetwork does, as tables: DIR/analysis
     l3d intervene DIR --subnetwork 3 --delta -1 1               push subnetworks and see what changes
     l3d compare DIR_A DIR_B                                     match the subnetworks of two runs
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": export_command,
         "analyze": analyze_command,
         "atlas": atlas_command,
+        "figures": figures_command,
         "intervene": intervene_command,
         "compare": compare_command,
         "slurm": slurm_command,
@@ -263,6 +265,30 @@ def atlas_command(args: list[str]) -> None:
         analyze_command([str(known.dir)])
     atlas = write_atlas(known.dir, known.output)
     print(f"{atlas.page} ({atlas.files} files, {atlas.size / 1e6:.1f} MB)", flush=True)
+
+
+def figures_command(args: list[str]) -> None:
+    from rich.progress import track
+
+    from l3d_pl.atlas.build import write_atlas
+    from l3d_pl.figures.make import make_figures, sweep
+
+    parser = OneLineParser(prog="l3d figures", description="The paper's figures of a finished toy run: DIR/figures.")
+    parser.add_argument("dir", type=Path, help="a toy run's directory, such as runs/tms")
+    parser.add_argument(
+        "--sweeps", action="store_true", help="also loss against rank and n_v; fits that are there stay"
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=None, help="of the sweep (default: 1 to 6)")
+    parser.add_argument("--n_v", type=int, nargs="+", default=None, help="(default: 0.6, 1, 2, 3 times the run's own)")
+    parser.add_argument("--max-epochs", type=int, default=None, help="of the sweep's fits (default: the run's own)")
+    known = parser.parse_args(args)
+    if known.sweeps:
+        sweep(known.dir, known.ranks, known.n_v, known.max_epochs)
+    elif known.ranks or known.n_v or known.max_epochs:
+        raise L3DError("l3d figures: --ranks, --n_v and --max-epochs are for --sweeps, which is missing")
+    for made in make_figures(known.dir, lambda names: track(names, "figures", transient=True)):
+        print(made if isinstance(made, str) else f"{made.path}: {made.caption}")
+    print(write_atlas(known.dir, progress=False).page, flush=True)
 
 
 def export_command(args: list[str]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from l3d_pl.analysis.runs import load_run
 from l3d_pl.analysis.tables import MANIFEST, read_manifest
+from l3d_pl.atlas.figures import figures_of
 from l3d_pl.atlas.overview import overview
 from l3d_pl.atlas.panels import panels
 from l3d_pl.atlas.pictures import draw_run
@@ -82,6 +83,7 @@ def write_atlas(run_dir: Path, output: Path | None = None, progress: bool = True
         for file in STATIC.iterdir():
             shutil.copyfile(file, aside / file.name)
         content = overview(run_dir, decomposition, analysis, manifest, shares, target, score, unscored, drawn)
+        content["figures"] = figures_of(run_dir, fingerprint(decomposition.subnetworks), aside / "pictures")
         (aside / "index.html").write_text(_page(content["title"]), encoding="utf-8")
         files, size = _measure(aside)
         content["size"] = {"files": files + 1, "bytes": size + len(_script("overview", content))}

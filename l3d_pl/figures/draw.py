@@ -40,12 +40,11 @@ def _scatter(path: Path, toy: Toy, parameters: Sequence[str] | None) -> Picture:
     shown, step = _shown(toy)[:MAX_PANELS], toy.step(parameters)
     found = scatter(toy, [{k: step} for k in shown], parameters)
     with new_figure(path, _panels_size(len(shown))) as figure:
-        for ax, k, dots in zip(_panels(figure, len(shown)), shown, found, strict=True):
+        for ax, k, dots in zip(_panels(figure, len(shown), _against(toy)), shown, found, strict=True):
             _dots(ax, dots, [(toy.circuits[k], OWN)])
             ax.set_title(f"subnetwork {k} · {_circuit(toy, k)}")
-        where = "" if parameters is None else f", hidden layers only ({', '.join(parameters)})"
+        where = "" if parameters is None else ", hidden layers only"
         figure.suptitle(f"W0 + δ v_k, δ = {step:g}{where}", fontsize=12)
-        figure.supxlabel(_against(toy), fontsize=11)
         figure.supylabel(_what(toy), fontsize=11)
         _legend(figure, [(f"the subnetwork's own {toy.score.circuit_kind}", OWN), ("others", OTHER)])
     words = [
@@ -63,9 +62,11 @@ def _scatter(path: Path, toy: Toy, parameters: Sequence[str] | None) -> Picture:
         f"Change of outputs at δ = {step:g}{where}, of each subnetwork's own circuit against others, mean |change| "
         f"where they are active: {'; '.join(words)}."
     )
+    moved = "" if parameters is None else f" ({', '.join(parameters)})"
     caption = (
-        f"Each subnetwork pushed alone by δ = {step:g}{where}, on {len(toy.inputs):,} held-out inputs. {_meaning(toy)} "
-        f"Where it is active, its own {toy.score.circuit_kind} moves {ratio} times as much as others (median)."
+        f"Each subnetwork pushed alone by δ = {step:g}{where}{moved}, on {len(toy.inputs):,} held-out inputs. "
+        f"{_meaning(toy)} Its own {toy.score.circuit_kind}, where active, moves {ratio} times as much as others "
+        "(median)."
     )
     return Picture(path, alt, caption)
 
@@ -88,11 +89,13 @@ def several(path: Path, toy: Toy) -> Picture:
                 _dots(ax, found[a, b], colours)
                 ax.set_title(f"k = {shown[a]}" if a == b else f"k = {shown[a]} and {shown[b]}")
                 ax.tick_params(labelbottom=a == b, labelleft=a == b)
+                ax.set_xlabel(_against(toy) if a == b else "", fontsize=10)
         figure.suptitle(f"W0 + δ (v_a + v_b), δ = {step:g}; one alone on the diagonal", fontsize=12)
-        figure.supxlabel(_against(toy, "a pushed circuit's"), fontsize=11)
         figure.supylabel(_what(toy), fontsize=11)
         kind = toy.score.circuit_kind
-        _legend(figure, [(f"{kind} of a (the row's)", OWN), (f"{kind} of b (the column's)", SECOND), ("others", OTHER)])
+        of = [(f"{kind} of a, the row's", OWN), (f"{kind} of b, the column's", SECOND), ("others", OTHER)]
+        if n > 1:
+            axes[-1, 0].legend(handles=_handles(of), loc="lower left", frameon=False)  # that panel is blank
     words, drift = [], []
     for a, b in pairs:
         own = [toy.circuits[shown[k]] for k in dict.fromkeys((a, b))]
@@ -128,12 +131,11 @@ def against_delta(path: Path, toy: Toy) -> Picture:
         ),
     ]
     with new_figure(path, _panels_size(len(shown))) as figure:
-        for ax, k, values in zip(_panels(figure, len(shown)), shown, found, strict=True):
+        for ax, k, values in zip(_panels(figure, len(shown), "δ, step along v_k"), shown, found, strict=True):
             for attribute, _, style in lines:
                 ax.plot(values.deltas, getattr(values, attribute), **style)
             ax.set_title(f"subnetwork {k} · {_circuit(toy, k)}")
-            ax.set_ylim(bottom=0)
-        figure.supxlabel("δ, length of the step along v_k", fontsize=11)
+        ax.set_ylim(bottom=0)  # shared; after all are drawn
         figure.supylabel("mean |change| of outputs", fontsize=11)
         handles = [Line2D([], [], label=label, **style) for _, label, style in lines]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
@@ -154,7 +156,7 @@ def against_delta(path: Path, toy: Toy) -> Picture:
 def _selective(found: Sequence[Curve]) -> str:
     """Selectivity at the ends of the range, of v and of nothing."""
     ends = [
-        f"{number(_median([curve.own[i] / curve.others[i] for curve in found if curve.others[i]]))} at δ = {delta:g}"
+        f"{_ratio(list(zip((c.own[i] for c in found), (c.others[i] for c in found), strict=True)))} at δ = {delta:g}"
         for i, delta in enumerate(found[0].deltas)
         if i % 4 == 0 and delta != 0
     ]
@@ -208,6 +210,7 @@ def swept(path: Path, cells: Sequence[Mapping[str, Any]], by: str, label: str) -
         left.plot(x, loss, color=ACCENT, marker="o")
         left.set(xlabel=label, ylabel="held-out loss L\n(share of squared gradient norm)")
         left.set_ylim(0, max(1.08 * max(loss), 0.01))
+        left.yaxis.set_major_locator(MaxNLocator(6))
         right.plot(x, live, color=POSITIVE, marker="s")
         right.set(xlabel=label, ylabel="live subnetworks (P_act > 0)")
         right.set_ylim(0, 1.1 * max(live) + 0.5)
@@ -232,20 +235,21 @@ def _shown(toy: Toy) -> list[int]:
 
 
 def _distinct(toy: Toy) -> list[int]:
-    """The live subnetworks, one for each circuit."""
-    return list({toy.circuits[k]: k for k in reversed(_shown(toy))}.values())[::-1]
+    """The live subnetworks, one for each circuit: that which stands for it, where there is one."""
+    chosen: dict[int, int] = {}
+    for k in sorted(_shown(toy), key=lambda k: not toy.score.subnetworks[k].own):
+        chosen.setdefault(toy.circuits[k], k)
+    return [chosen[circuit] for circuit in sorted(chosen)]
 
 
 def _circuit(toy: Toy, k: int) -> str:
     return f"{toy.score.circuit_kind} {toy.circuits[k]}"
 
 
-def _against(toy: Toy, whose: str = "its") -> str:
+def _against(toy: Toy) -> str:
     if toy.own_output:
-        return "input at the output's own feature"
-    return (
-        f"{whose} {toy.score.circuit_kind} in the input where active (others: the strongest {toy.score.circuit_kind})"
-    )
+        return "the output's own input"
+    return "its group's sum in the input" if toy.group_size > 1 else "its feature in the input"
 
 
 def _what(toy: Toy) -> str:
@@ -255,7 +259,11 @@ def _what(toy: Toy) -> str:
 def _meaning(toy: Toy) -> str:
     if toy.own_output:
         return "A dot is one output of one input: its change against its own feature."
-    return f"A dot is one input: the mean |change| of its outputs against the strength of a {toy.score.circuit_kind}."
+    kind = toy.score.circuit_kind
+    return (
+        f"A dot is one input: the mean |change| of its outputs against the pushed {kind} in it, or against its "
+        f"strongest {kind} where that is silent."
+    )
 
 
 def _dots(ax: Axes, found: Points, colours: Sequence[tuple[int, dict[str, Any]]]) -> None:
@@ -277,27 +285,32 @@ def _panels_size(n: int) -> tuple[float, float]:
     return max(3.3 * columns, 5.0), 2.6 * math.ceil(n / columns) + 1.2
 
 
-def _panels(figure: Figure, n: int) -> list[Axes]:
+def _panels(figure: Figure, n: int, x_label: str) -> list[Axes]:
     columns = min(n, 3 if n < 6 else 4)
     rows = math.ceil(n / columns)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten().tolist()
     for ax in axes[n:]:
         ax.axis("off")
-    for ax in axes[max(n - columns, 0) : n]:
-        ax.tick_params(labelbottom=True)
+    for i, ax in enumerate(axes[:n]):
+        if i + columns >= n:  # the lowest one of its column
+            ax.tick_params(labelbottom=True)
+            ax.set_xlabel(x_label, fontsize=10)
     return axes[:n]
 
 
 def _legend(figure: Figure, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    handles = [
+    figure.legend(handles=_handles(entries), loc="outside lower center", ncols=len(entries), frameon=False)
+
+
+def _handles(entries: Sequence[tuple[str, dict[str, Any]]]) -> list[Line2D]:
+    return [
         Line2D([], [], linestyle="", color=style["color"], marker=style["marker"], markersize=6, label=label)
         for label, style in entries
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
 
 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> str:
-    return number(_median([own / others for own, others in pairs if others]))
+    return f"{_median([own / others for own, others in pairs if others]):.3g}"
 
 
 def _median(values: Sequence[float]) -> float:
