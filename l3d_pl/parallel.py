@@ -124,26 +124,23 @@ class Ranks:
         sizes, owner = [shape.numel() for shape in shapes], self.rank
         ahead, behind = (dist.get_global_rank(self.group, (self.rank + step) % self.size) for step in (1, -1))
         for hop in range(self.size):
-            which = self.shard_of(n, owner)
+            which, works = self.shard_of(n, owner), []
             count = which.stop - which.start
+            owner = (owner - 1) % self.size
+            incoming = self.shard_of(n, owner)
+            received = buffer.new_empty((incoming.stop - incoming.start) * sum(sizes))
+            if hop < self.size - 1:  # the next one travels while this one is worked on
+                sends = [
+                    dist.P2POp(dist.isend, buffer, ahead, self.group),
+                    dist.P2POp(dist.irecv, received, behind, self.group),
+                ]
+                sends = [send for send in sends if send.tensor.numel()]  # (a shard of nothing is not sent)
+                works = dist.batch_isend_irecv(sends) if sends else []
             split = buffer.split([count * size for size in sizes])
             yield which, [part.view(count, *shape) for part, shape in zip(split, shapes, strict=True)]
-            if hop == self.size - 1:
-                return
-            owner = (owner - 1) % self.size
-            which = self.shard_of(n, owner)
-            incoming = buffer.new_empty((which.stop - which.start) * sum(sizes))
-            works = [  # (a shard of nothing is not sent)
-                operation
-                for operation in (
-                    dist.P2POp(dist.isend, buffer, ahead, self.group),
-                    dist.P2POp(dist.irecv, incoming, behind, self.group),
-                )
-                if operation.tensor.numel()
-            ]
-            for work in dist.batch_isend_irecv(works) if works else ():
+            for work in works:
                 work.wait()
-            buffer = incoming
+            buffer = received
 
 
 ALONE = Ranks()
