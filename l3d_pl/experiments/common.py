@@ -292,16 +292,28 @@ class Toy:
         """Its data, the training rows or their order by `seed`."""
         return (DigitsData if self.name == "digits_cnn" else ToyData)(**self.data, seed=seed)
 
-    def held_out(self) -> Tensor:
-        """The test rows, [n_test, features] (images [n_test, 1, 8, 8]); the same for every seed."""
-        data = self.data_module(0)
+    def rows(self, split: str = "test", data: Any = None) -> dict[str, Tensor]:
+        """The rows of `validation` or `test` as one batch, `inputs` and `labels`; the same for every seed."""
+        data = self.data_module(0) if data is None else data
         data.setup()
-        return data.test[torch.arange(len(data.test))]["inputs"]  # type: ignore[arg-type]
+        rows = getattr(data, split)
+        return rows[torch.arange(len(rows))]
 
-    def fit(self, seed: int, steps: int, callbacks: Sequence[Any] = (), **model: Any) -> tuple[L3D, float]:
-        """A decomposition by the shipped config's settings, with those of `model` instead; and its CPU seconds."""
+    def held_out(self) -> Tensor:
+        """The inputs of the test rows, [n_test, features] (images [n_test, 1, 8, 8])."""
+        return self.rows()["inputs"]
+
+    def fit(
+        self, seed: int, steps: int, callbacks: Sequence[Any] = (), data: Any = None, **model: Any
+    ) -> tuple[L3D, float]:
+        """A decomposition by the shipped config's settings, with those of `model` instead; and its CPU seconds.
+
+        `data`: another data module than the config's.
+        """
         module = L3D(**(self.model | model), seed=seed)
-        seconds = fit_quietly(module, self.data_module(seed), max_steps=steps, callbacks=list(callbacks))
+        data = self.data_module(seed) if data is None else data
+        seconds = fit_quietly(module, data, max_steps=steps, callbacks=list(callbacks))
+        module.ensure_validated()  # the last epoch may have been cut short
         return module, seconds
 
 
