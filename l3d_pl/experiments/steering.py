@@ -340,9 +340,11 @@ def _plot(found: pd.DataFrame) -> Figure:
     ):
         for colour, method in zip(COLOURS, methods, strict=False):
             part = found[(found["method"] == method) & (found["keep"] == keep)]
-            medians = part.pivot_table(index="level", values="side", aggfunc=_median_of_all)
+            medians = part.groupby("level")["side"].agg(_median_of_all)
+            if part.empty:
+                continue  # a steering vector is not trained
             style = "--" if method.startswith("random") else "-"
-            axes.plot(medians.index, medians["side"], style, color=colour, marker=".", label=method)
+            axes.plot(medians.index, medians, style, color=colour, marker=".", label=method)
         axes.set(xlabel="wanted: p(a) on class b", title=title, yscale="log")
     panels[0].set(ylabel="side effect: KL elsewhere, nats")
     panels[0].legend(frameon=False, fontsize=8)
