@@ -1,0 +1,116 @@
+"""Completeness: kinds and costs where the answer is known, and the command end to end."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from l3d_pl.batch_topk import batch_topk
+from l3d_pl.cli import main
+from l3d_pl.experiments.completeness import costs, flat_from, kinds, nearest, span_share, together
+from l3d_pl.repair import State
+from l3d_pl.targets.toy import TiedAutoencoder
+from l3d_pl.targets.training import save_target
+
+E = torch.eye(8, dtype=torch.float64)
+
+
+def kinds_of(new: Tensor, base: Tensor, alive: Tensor | None = None, chance: float = 0.0) -> list[str]:
+    new, base = normalize(new, dim=1), normalize(base, dim=1)
+    alive = torch.ones(len(new), dtype=torch.bool) if alive is None else alive
+    return kinds(new @ new.T, new @ base.T, base @ base.T, alive, chance)
+
+
+def test_a_repeat_is_called_a_repeat() -> None:
+    """And it is the copy that comes second, or the one without a partner; a sign does not matter."""
+    assert kinds_of(torch.stack([E[0], E[1], -E[0]]), E[:2]) == ["kept", "kept", "repeat"]
+    assert kinds_of(torch.stack([E[5], E[0], E[5]]), E[:1]) == ["residual", "kept", "repeat"]
+    nearly = E[0] + 0.1 * E[3]
+    assert sorted(kinds_of(torch.stack([nearly, E[0]]), E[:1])) == ["kept", "repeat"]
+    assert kinds_of(torch.stack([nearly, E[0]]), E[:1])[1] == "kept"  # the better match is the partner
+
+
+def test_a_mixture_that_falls_apart_is_split() -> None:
+    assert kinds_of(E[:2], torch.stack([E[0] + E[1]])) == ["split", "split"]
+    assert kinds_of(E[:4], torch.stack([E[:4].sum(0)])) == ["split"] * 4
+
+
+def test_what_is_in_the_span_is_recombined_and_what_is_not_is_residual() -> None:
+    base, mixture = E[:6], E[:6].sum(0)  # |cos| 0.41 with each
+    assert kinds_of(torch.stack([mixture, mixture + 0.5 * E[7], E[7]]), base)[::2] == ["recombined", "residual"]
+    assert kinds_of(torch.stack([mixture + 3 * E[7]]), base) == ["residual"]
+    assert kinds_of(torch.stack([mixture + 1.5 * E[7]]), base, chance=0.0) == ["recombined"]
+    assert kinds_of(torch.stack([mixture + 1.5 * E[7]]), base, chance=0.6) == ["residual"]  # no more than by chance
+
+
+def test_the_dead_are_neither_partners_nor_repeated() -> None:
+    alive = torch.tensor([False, True, True])
+    assert kinds_of(torch.stack([E[0], E[0], E[1]]), E[1:2], alive) == ["dead", "residual", "kept"]
+    none = torch.zeros(3, 0, dtype=torch.float64)
+    assert kinds(E[:3, :3], none, none[:0], alive, 0.0) == ["dead", "residual", "residual"]
+
+
+def test_span_share_is_the_projection() -> None:
+    random = torch.Generator().manual_seed(0)
+    base = normalize(torch.randn(5, 9, generator=random, dtype=torch.float64), dim=1)
+    base = torch.cat([base, base[:1]])  # a repeat adds nothing
+    v = normalize(torch.randn(4, 9, generator=random, dtype=torch.float64), dim=1)
+    basis = torch.linalg.qr(base[:5].T).Q
+    torch.testing.assert_close(span_share(v @ base.T, base @ base.T), (v @ basis).square().sum(1))
+
+
+def state_of(g: Tensor, v_in: Tensor, v_out: Tensor, k: float) -> State:
+    c = g @ v_in.T
+    return State(c, g @ v_out.T, v_out @ v_out.T, c * batch_topk(c.unsqueeze(1), k)[0].squeeze(1))
+
+
+def test_a_repeat_costs_nothing_when_merged_and_a_lone_one_what_it_carries() -> None:
+    """Half of the samples lie along e0, which two subnetworks share; a quarter each along e1 and e2."""
+    line = torch.arange(80) % 4
+    g = E[torch.tensor([0, 0, 1, 2])[line]] * torch.linspace(0.9, 1.1, 80, dtype=torch.float64).unsqueeze(1)
+    v_out = torch.stack([E[0], E[0], E[1], E[2]])
+    v_in = v_out.clone()
+    v_in[:2] /= 2  # they answer with one half each
+    energy = float(g.square().sum())
+    removed, merged = costs(state_of(g, v_in, v_out, 0.375), 0.375, energy)
+    share = [float(g[torch.tensor([0, 0, 1, 2])[line] == j].square().sum()) / energy for j in range(3)]
+    assert removed.tolist() == pytest.approx([share[0] / 4, share[0] / 4, share[1], share[2]])
+    assert merged.tolist() == pytest.approx([0, 0, share[1], share[2]], abs=1e-12)
+
+
+def test_joint_use_is_the_overlap_of_samples() -> None:
+    gram = torch.tensor([[1.0, -0.9, 0.1], [-0.9, 1.0, 0.2], [0.1, 0.2, 1.0]])
+    assert nearest(gram).tolist() == [1, 0, 1]
+    active = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 1, 1], [0, 0, 0]]).bool()
+    torch.testing.assert_close(together(active, nearest(gram)), torch.tensor([1 / 3, 1 / 3, 1 / 2]))
+
+
+def test_where_the_loss_is_flat() -> None:
+    assert flat_from({2: 1.0, 5: 0.5, 8: 0.49, 12: 0.48}) == 5
+    assert flat_from({2: 1.0, 5: 0.98, 8: 0.5, 12: 0.49}) == 8  # a plateau before the last fall does not count
+    assert flat_from({2: 1.0, 5: 0.5, 8: 0.4}) is None
+    assert flat_from({2: 1.0, 5: 1.1}) == 2
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    save_target(tmp_path / "targets" / "tms_seed42.safetensors", TiedAutoencoder(gain=1.0))
+    arguments = ["experiment", "completeness", "--tiny", "--seeds", "0", "1", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    rows = pd.read_csv(tmp_path / "seed_1" / "rows.csv")
+    assert rows.groupby(["held", "n_v"]).size().to_dict() == {("L0", 2): 2, ("L0", 4): 4, ("k", 2): 2, ("k", 4): 4}
+    assert rows.groupby("held")["k"].unique().map(list).to_dict()["k"] == [0.1]
+    assert set(rows[rows["n_v"] == 2]["kind"]) <= {"first", "repeat", "dead"}
+    assert rows["loss"].between(0, 2).all()
+    assert (tmp_path / "completeness.png").stat().st_size > 1000
+    assert "TMS 5-2" in (tmp_path / "table.md").read_text()
+    assert "loss flat from n_v" in capsys.readouterr().out
+
+
+def test_a_config_without_steps_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["experiment", "completeness", "--sizes", '{"tmcs": [2]}', "--seed", "0", "--output", str(tmp_path)]
+    assert main(arguments) == 2
+    assert "steps: found none for tmcs; allowed is a number for each config of sizes" in capsys.readouterr().err
