@@ -53,10 +53,10 @@ class Settings:
         default_factory=lambda: {
             "tms": [2, 3, 5, 8, 12, 20],
             "tms_40_10": [10, 20, 40, 60, 80],
-            "digits_cnn": [10, 25, 50, 100, 200],
+            "digits_cnn": [10, 25, 50, 100],
         }
     )
-    steps: dict[str, int] = field(default_factory=lambda: {"tms": 1000, "tms_40_10": 800, "digits_cnn": 345})
+    steps: dict[str, int] = field(default_factory=lambda: {"tms": 1000, "tms_40_10": 800, "digits_cnn": 230})
     fixed_k: list[str] = field(default_factory=lambda: ["tms"])
     samples: int = 1000
     target: int = 42
