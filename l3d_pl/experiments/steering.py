@@ -52,9 +52,9 @@ class Settings:
         target_epochs: training of the network that is steered; a network of its own for every seed.
     """
 
-    n_subnetworks: int = 100
-    fit_steps: int = 300
-    tuning_steps: int = 150
+    n_subnetworks: int = 74
+    fit_steps: int = 200
+    tuning_steps: int = 100
     few: int = 5
     pairs: int = 2
     target_epochs: int = 20

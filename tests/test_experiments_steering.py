@@ -1,0 +1,138 @@
+"""Experiment steering: its measures where the answer is known, and the command end to end."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from l3d_pl.cli import main
+from l3d_pl.experiments.steering import Along, Full, LoRA, Tuning, cost_at, costs, curve, divergences, gains, wins
+
+
+class Table(nn.Module):
+    """Logits of each class number by a table: moving one row moves nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(8 * torch.eye(3), requires_grad=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs @ self.rows
+
+
+@pytest.fixture
+def labels() -> torch.Tensor:
+    return torch.tensor([0, 1, 2, 1])
+
+
+def test_a_shift_of_one_class_has_no_side_effect(labels: torch.Tensor) -> None:
+    inputs, shift = torch.eye(3)[labels], torch.zeros(3, 3)
+    shift[1, 0] = 16
+    model = Table()
+    rows = curve(model, {"rows": shift}, (0, 1), inputs, labels)
+    assert [row["side"] for row in rows] == pytest.approx([0] * len(rows), abs=1e-9)
+    assert rows[0]["wanted"] == pytest.approx(1 / (2 + math.exp(8)))
+    at_half = next(row for row in rows if row["strength"] == 0.5)  # logits 8 and 8
+    assert at_half["wanted"] == pytest.approx(1 / (2 + math.exp(-8)))
+    assert rows[-1]["wanted"] > 0.99
+    assert all(row["accuracy_lost"] == 0 for row in rows)
+    assert torch.equal(model.rows, 8 * torch.eye(3))
+
+
+def test_a_bias_towards_a_costs_what_it_moves(labels: torch.Tensor) -> None:
+    """The same change for every class: the others pay as much as class b."""
+    inputs, shift = torch.eye(3)[labels], torch.zeros(3, 3)
+    shift[:, 0] = 16
+    row = next(row for row in curve(Table(), {"rows": shift}, (0, 1), inputs, labels) if row["strength"] == 1)
+    others, model = inputs[labels != 1], Table()
+    after = (model(others) + 16 * torch.tensor([1.0, 0, 0])).log_softmax(1)
+    before = model(others).log_softmax(1)
+    assert row["side"] == pytest.approx(float((before.exp() * (before - after)).sum(1).mean()), rel=1e-4)
+    assert row["accuracy_lost"] == 0.5  # class 2 is lost, class 0 is not
+
+
+def test_divergence_has_the_direction_of_the_page() -> None:
+    before, after = torch.tensor([[math.log(0.9), math.log(0.1)]]), torch.zeros(1, 2)
+    assert float(divergences(before, after)) == pytest.approx(0.9 * math.log(1.8) + 0.1 * math.log(0.2), rel=1e-5)
+
+
+def test_cost_is_read_where_the_curve_first_gets_there() -> None:
+    wanted, cost = [0.0, 0.4, 0.8, 0.2, 0.9], [0.0, 1.0, 3.0, 9.0, 10.0]
+    assert cost_at(wanted, cost, 0.4) == 1
+    assert cost_at(wanted, cost, 0.6) == pytest.approx(2)
+    assert cost_at(wanted, cost, 0.0) == 0
+    assert math.isnan(cost_at(wanted, cost, 0.95))
+
+
+def test_who_does_not_get_there_loses() -> None:
+    def rows(method: str, seed: int, side: float) -> list[dict[str, float | str]]:
+        facts = {"method": method, "parameters": 1, "keep": 0.0, "seed": seed, "a": 0, "b": 1, "accuracy_lost": 0.0}
+        reached = 0.0 if math.isnan(side) else 1.0
+        return [
+            facts | {"wanted": 0.0, "side": 0.0},
+            facts | {"wanted": reached, "side": 0.0 if reached == 0 else side},
+        ]
+
+    sides = {"subnetworks": (1.0, 1.0, math.nan, math.nan), "LoRA": (2.0, 0.5, 9.0, math.nan)}
+    found = costs(
+        pd.DataFrame([r for m, v in sides.items() for seed, side in enumerate(v) for r in rows(m, seed, side)])
+    )
+    assert wins(found, "subnetworks", "LoRA", 0.0) == pytest.approx(1 / 3)  # the last pair decides nothing
+    assert wins(found, "subnetworks", "LoRA", 1.0) is None
+
+
+def test_gains_are_the_directional_derivatives() -> None:
+    random = torch.Generator().manual_seed(0)
+    directions = {"a": torch.randn(4, 2, 3, generator=random), "b": torch.randn(4, 5, generator=random)}
+    gradient = {"a": torch.randn(2, 3, generator=random), "b": torch.randn(5, generator=random)}
+    for k, gain in enumerate(gains(directions, gradient)):
+        expected = sum(float((directions[name][k] * gradient[name]).sum()) for name in gradient)
+        assert float(gain) == pytest.approx(abs(expected), rel=1e-5)
+
+
+def test_shifts_begin_at_zero_and_count_their_parameters() -> None:
+    shapes = {"rows": (3, 4)}
+    for shift, n in (
+        (Along({"rows": torch.ones(5, 3, 4)}), 5),
+        (LoRA("rows", (3, 4)), 7),
+        (Full(shapes), 12),
+    ):
+        assert sum(parameter.numel() for parameter in shift.parameters()) == n
+        assert torch.equal(shift()["rows"], torch.zeros(3, 4))
+
+
+def test_along_adds_up_its_directions() -> None:
+    directions = torch.arange(24.0).view(2, 3, 4)
+    shift = Along({"rows": directions})
+    shift.delta.data = torch.tensor([2.0, -1.0])
+    assert torch.equal(shift()["rows"], 2 * directions[0] - directions[1])
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+def test_tuning_looks_at_the_others_only_if_they_are_kept(labels: torch.Tensor, keep: float) -> None:
+    """A shift of class 2's row: no effect on class b, so its gradient comes from what is to be kept alone."""
+    direction = torch.zeros(1, 3, 3)
+    direction[0, 2, 0] = 1
+    shift = Along({"rows": direction})
+    shift.delta.data += 8  # half of class 2 is called 0 now
+    tuning = Tuning(Table(), shift, (0, 1), keep, 0.1)
+    tuning.training_step({"inputs": torch.eye(3)[labels], "labels": labels}, 0).backward()
+    assert (float(shift.delta.grad) > 0.01) == bool(keep)
+    assert all(not parameter.requires_grad for parameter in tuning.target.parameters())
+    assert [name for name, _ in tuning.named_parameters()] == ["shift.delta"]
+
+
+def test_command(tmp_path, capsys) -> None:
+    arguments = ["experiment", "steering", "--tiny", "--seeds", "0", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    assert "subnetworks, 2" in capsys.readouterr().out
+    rows = pd.read_csv(tmp_path / "seed_0" / "rows.csv")
+    assert set(rows["method"]) == {
+        "subnetworks, 2", "random, 2", "subnetworks, 6", "random, 6", "LoRA", "full", "vector",
+    }  # fmt: skip
+    assert (rows[rows["strength"] == 0]["side"].abs() < 1e-6).all()
+    assert (tmp_path / "steering.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "manifest.json").read_text())["settings"]["few"] == 2
