@@ -330,9 +330,11 @@ class RunLogger(CSVLogger):
 
 
 class ContinueLogs(Callback):
-    """Tells the `RunLogger`s where a resumed run goes on."""
+    """Tells who reads along, and the `RunLogger`s, where a resumed run goes on."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step:
+            say(f"goes on after step {trainer.global_step}")
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger) and trainer.is_global_zero:
                 logger.keep_until(trainer.global_step)

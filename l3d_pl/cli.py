@@ -23,6 +23,7 @@ code 2.
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -86,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rank_zero_only(print)(f"l3d: {error}", flush=True)
             return 0
         bad_input = bad_input_in(error)
+        if bad_input is None and (trouble := trouble_in(error)):
+            print(f"l3d: error: {one_line(trouble)}", file=sys.stderr, flush=True)
+            return 1  # (the same command may succeed)
         if bad_input is None:
             raise
         print(f"l3d: error: {one_line(str(bad_input))}", file=sys.stderr, flush=True)
@@ -112,6 +116,20 @@ def bad_input_in(error: BaseException | None) -> Exception | None:
     return None
 
 
+def trouble_in(error: BaseException) -> str | None:
+    """What has ended a command that nobody's input and no code is to blame for: a full disk, a lost rank."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'a file'} cannot be written ({error.strerror})"
+    lost = re.search("(?i)connection (reset|closed|refused)|broken pipe|remote process exited", str(error))
+    if (
+        isinstance(error, RuntimeError)
+        and lost
+        and int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))) > 1
+    ):
+        return f"another rank was lost ({lost[0]})"
+    return None
+
+
 def one_line(message: str) -> str:
     return re.sub(r"\s+", " ", message).strip()
 
@@ -131,6 +149,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*It is recommended to use .*sync_dist=True.*")  # all ranks' already
     warnings.filterwarnings("ignore", message=".*is a wandb run already.*")
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # a login node has it too
+    warnings.filterwarnings("ignore", message=".*there is no last checkpoint available.*")  # a job's first start
     warnings.filterwarnings("ignore", message=".*Total length of .* across ranks is zero.*")  # `L3D` raises
     for module in ("jsonargparse", "lightning", "torchdata", "torch.utils._pytree", "torch.jit"):
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=rf"{module}.*")

@@ -22,14 +22,17 @@ saved() { [ "$RUN_DIR/checkpoints/last.ckpt" -nt "$starts" ]; }
 # fit ARGUMENTS...: `l3d fit` in RUN_DIR, from its last checkpoint where there is one. Does not return.
 fit() {
 	local step code=0 second
-	starts=$RUN_DIR/slurm/starts # a line for each start since something was saved
+	starts=$RUN_DIR/slurm/starts   # a line for each start since something was saved
+	running=$RUN_DIR/slurm/running # there until a start is seen to end
 	if [ -e "$RUN_DIR/finished" ]; then say "$RUN_DIR has finished before"; exit 0; fi
 	mkdir -p "$RUN_DIR/slurm" || exit 1
 	! saved || rm -f "$starts"
+	[ ! -e "$running" ] || say "the start before this one ended without a word: its node was lost, or Slurm ended it"
 	say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST" | tee -a "$starts"
 
 	if [ -z "$stopped" ]; then
 		# srun does not take over sbatch's --cpus-per-task by itself.
+		touch "$running"
 		export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 		srun --kill-on-bad-exit=1 "$L3D" fit "$@" --ckpt_path last \
 			--trainer.default_root_dir "$RUN_DIR" \
@@ -46,6 +49,7 @@ fit() {
 			done
 			! kill -KILL "$step" 2> /dev/null || say "nothing saved in $GRACE s" # or the time limit would be the end
 		fi
+		rm -f "$running"
 	fi
 
 	if [ -e "$RUN_DIR/finished" ]; then say finished; exit 0; fi

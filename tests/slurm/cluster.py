@@ -170,3 +170,18 @@ class Cluster:
         """State of a job or an array's task, as Slurm says it: `RUNNING`, `COMPLETED`, `TIMEOUT`."""
         rows = self("squeue", "--noheader", "--array", "--states=all", "--format=%i %T").splitlines()
         return dict(row.split() for row in rows).get(job, "")
+
+
+def ranks_of(cluster: Cluster, node: str) -> list[int]:
+    """Process ids of the ranks on a node, as this machine counts them."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (process / "environ").read_bytes().split(b"\0")
+            command = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        here = {f"SLURM_CONF={cluster.folder}/slurm.conf".encode(), f"SLURMD_NODENAME={node}".encode()}
+        if here <= set(environment) and b"/l3d\0fit" in command and not command.startswith(b"srun"):
+            found.append(int(process.name))
+    return found

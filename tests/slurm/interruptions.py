@@ -17,6 +17,17 @@ class Slow(Callback):
         time.sleep(self.seconds)
 
 
+class Paced(Callback):
+    """So many seconds more for each batch, until the file `go` is there."""
+
+    def __init__(self, go: str, seconds: float = 0.1):
+        self.go, self.seconds = Path(go), seconds
+
+    def on_train_batch_start(self, *_: object) -> None:
+        if not self.go.exists():
+            time.sleep(self.seconds)
+
+
 class Hang(Callback):
     """A batch that never ends, until the file `go` is there."""
 

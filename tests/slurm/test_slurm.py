@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, missing, wait_for
+from cluster import Cluster, missing, ranks_of, wait_for
 
 from l3d_pl import slurm
 from l3d_pl.cli import main
@@ -95,21 +95,6 @@ def require_equal(run: Path, expected: Path) -> None:
     steps = [row["step"] for row in rows_of(run / "metrics.csv") if row["train/loss"]]
     assert steps == [str(step) for step in range(19, STEPS, 20)]
     assert not [*run.glob("**/version_*"), *run.glob("**/hpc_ckpt*")]
-
-
-def ranks_of(cluster: Cluster, node: str) -> list[int]:
-    """Process ids of the ranks on a node, as this machine counts them."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (process / "environ").read_bytes().split(b"\0")
-            command = (process / "cmdline").read_bytes()
-        except OSError:
-            continue
-        here = {f"SLURM_CONF={cluster.folder}/slurm.conf".encode(), f"SLURMD_NODENAME={node}".encode()}
-        if here <= set(environment) and b"/l3d\0fit" in command and not command.startswith(b"srun"):
-            found.append(int(process.name))
-    return found
 
 
 def test_two_node_fit(whole: Path) -> None:
