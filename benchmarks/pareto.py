@@ -103,7 +103,8 @@ def sweep(
         f"{recipe}_nv{width}_k{share:g}": partial(cell, config, recipe, width, share, more)
         for recipe, width, share in product(recipes, sorted(set(n_v)), sorted(set(k)))
     }
-    fit_grid(root, [config, *more], fits, lambda: write(cells_of(root), root))
+    remedy = f"give {' '.join([config, *more])} another --root"
+    fit_grid(root, [config, *more], fits, remedy, lambda: write(cells_of(root), root))
     return cells_of(root)
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 from l3d_pl.analysis.runs import load_run
 from l3d_pl.atlas.pictures import Picture, directions, networks
+from l3d_pl.decomposition import Decomposition
 from l3d_pl.errors import L3DError
 from l3d_pl.figures import draw
 from l3d_pl.figures.effects import Toy, open_toy
-from l3d_pl.figures.sweeps import cells_in, fit_grid, last_validation, save
+from l3d_pl.figures.sweeps import cells_in, fit_grid, last_validation, made_by_in, save
 from l3d_pl.targets.frozen import fingerprint
 
-FOLDER, WORDS = "figures", "figures.json"
+FOLDER, WORDS, SWEPT = "figures", "figures.json", "sweeps"
 SWEEPS = {"rank": "rank of every tensor", "n_v": "n_v, number of subnetworks"}
 RANKS = range(1, 7)  # those of the paper; as far as the smallest matrix has them
 N_V = (0.6, 1, 2, 3)  # of the run's own: 3, 5, 10, 15 for 5
@@ -37,7 +38,8 @@ def make_figures(run_dir: Path, track: Callable[[Iterable[str]], Iterable[str]] 
     toy, folder = open_toy(run_dir), run_dir / FOLDER
     folder.mkdir(exist_ok=True)
     makers = _makers(toy)
-    cells = cells_in(folder / "sweeps")
+    ours = made_by_in(folder / SWEPT)[:1] == [_mark(toy.decomposition)]
+    cells = cells_in(folder / SWEPT) if ours else []
     for by in SWEEPS:
         chosen = [cell for cell in cells if by in cell]
         if len(chosen) > 1:
@@ -108,8 +110,14 @@ def sweep(
         for value in sorted({v for v in values if v >= 1}):
             arguments = ["--config", str(config), f"--model.{option}", str(value), *more]
             fits[f"{by}_{value}"] = partial(_fit, arguments, {by: value})
-    made_by = [fingerprint(decomposition.subnetworks), *more]
-    fit_grid(run_dir / FOLDER / "sweeps", made_by, fits)
+    root = run_dir / FOLDER / SWEPT
+    remedy = f"remove {root}, or give what it was made with"
+    fit_grid(root, [_mark(decomposition), *more], fits, remedy)
+
+
+def _mark(decomposition: Decomposition) -> str:
+    """Whose sweeps they are."""
+    return f"decomposition {fingerprint(decomposition.subnetworks)[:16]}"
 
 
 def _fit(arguments: Sequence[str], cell: Mapping[str, Any], folder: Path) -> dict[str, Any]:

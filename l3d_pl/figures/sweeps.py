@@ -14,13 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from l3d_pl.errors import L3DError
 
-CELL = "cell.json"
+CELL, MADE_BY = "cell.json", "arguments.json"
 
 
 def fit_grid(
     root: Path,
     made_by: Sequence[str],
     fits: Mapping[str, Callable[[Path], Mapping[str, Any]]],
+    remedy: str,
     after: Callable[[], None] = lambda: None,
 ) -> None:
     """Make the fits that `root` does not hold yet, with a progress bar.
@@ -28,16 +29,16 @@ def fit_grid(
     Args:
         made_by: what all have in common, such as the config; kept in `root`.
         fits: {name: fit}; a fit gets its folder, `root/name`, and returns what is kept as `cell.json`.
+        remedy: what to do where `root` is of something else.
         after: called after each fit.
 
     Raises:
         L3DError: `root` is of something else than `made_by`.
     """
     root.mkdir(parents=True, exist_ok=True)
-    note, common = root / "arguments.json", list(made_by)
-    if note.is_file() and (kept := json.loads(note.read_text())) != common:
-        raise L3DError(f"root: {root} is of {' '.join(kept)}; give {' '.join(common)} another --root")
-    save(note, common)
+    if (kept := made_by_in(root)) not in ([], list(made_by)):
+        raise L3DError(f"root: {root} is of {' '.join(kept)}; {remedy}")
+    save(root / MADE_BY, list(made_by))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)  # not rich's global one: Lightning's own bar, of a target's training, resets that
     with Progress(*columns, console=console) as progress:
@@ -56,6 +57,12 @@ def save(path: Path, content: object) -> None:
     aside = path.with_name(f".{path.name}.writing")
     aside.write_text(json.dumps(content, indent=1))
     os.replace(aside, path)
+
+
+def made_by_in(root: Path) -> list[str]:
+    """What the fits in `root` have in common; nothing where there are none."""
+    path = root / MADE_BY
+    return list(json.loads(path.read_text())) if path.is_file() else []
 
 
 def cells_in(root: Path) -> list[dict[str, Any]]:
