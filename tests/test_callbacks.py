@@ -4,8 +4,10 @@ test_resume.py has them together.
 """
 
 import csv
+import errno
 import os
 import random
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +19,13 @@ import pytest
 import torch
 
 from datamodules.toy import ToyData
-from l3d_pl import L3D, L3DError
+from l3d_pl import L3D, L3DError, checkpoints
 from l3d_pl.callbacks import (
     Checkpoints,
     ContinueLogs,
     ExportDecomposition,
     RandomState,
+    Rows,
     RunLogger,
     StopOnSignal,
     Stopped,
@@ -132,7 +135,94 @@ def test_log_of_a_run_resumed_twice_and_of_a_new_one(tmp_path: Path) -> None:
     assert [int(row["step"]) for row in rows_of(tmp_path) if "train/loss" in row] == list(range(3))
 
 
+def test_killed_at_any_moment_the_log_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's own is deleted at a start, truncated for a new column, and a step behind the checkpoint."""
+    fit(tmp_path, 6)
+    seen: list[int] = []
+    replace = os.replace
+
+    def watch(source: Any, target: Any) -> None:
+        steps = [int(row["step"]) for row in Rows(str(tmp_path)).rows() if "train/loss" in row]  # what a kill leaves
+        if str(target).endswith("metrics.csv"):
+            seen.append(len(steps))
+        if str(target).endswith("last.ckpt"):
+            assert steps == list(range(torch.load(source, weights_only=True)["global_step"]))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+    fit(tmp_path, 13, resume=True)
+    assert seen
+    assert min(seen) >= 6
+    with open(tmp_path / "metrics.csv", "a") as file:
+        file.write("13,0.")  # a lost machine's last words
+    assert [int(row["step"]) for row in Rows(str(tmp_path)).rows() if "train/loss" in row] == list(range(13))
+
+
+def test_rows_that_find_no_room_are_written_later_and_none_by_half(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = Rows(str(tmp_path))
+    rows.log_metrics({"a": 1.0}, 0)
+    rows.save()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (rows.path.stat().st_size + 2, limits[1]))
+    try:
+        for step, name in ((1, "a"), (2, "a"), (3, "b")):
+            rows.log_metrics({name: 2.5}, step)
+            rows.save()
+            assert Rows(str(tmp_path)).rows() == [{"a": "1.0", "step": "0"}]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    rows.save()
+    assert [row["step"] for row in Rows(str(tmp_path)).rows()] == ["0", "1", "2", "3"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"l3d: {rows.path} cannot be written (File too large); its next rows are kept in memory"
+
+
 # -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_full_disk_is_known_whatever_torch_makes_of_it() -> None:
+    for size in (1, 10_000, 100_000):
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            checkpoints._write(Path("/dev/full"), lambda file, size=size: torch.save({"a": torch.zeros(size)}, file))
+        assert caught.value.errno == errno.ENOSPC
+
+
+def test_run_goes_on_while_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints are due after 2, 4, 6, ... steps; those of 4 and 6 find no room, nor that of a signal after 7."""
+    save, attempts = torch.save, []
+
+    def full_at_times(checkpoint: dict[str, Any], file: Any) -> None:
+        attempts.append(checkpoint["global_step"])
+        if checkpoint["global_step"] in (4, 6, 7):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(checkpoint, file)
+
+    monkeypatch.setattr(torch, "save", full_at_times)
+    last = f"{tmp_path}/checkpoints/last.ckpt"
+    why = f"checkpoint: {last} cannot be written (No space left on device); the one before it is kept"
+    with pytest.raises(Stopped) as stopped:
+        fit(tmp_path, 13, Raise(6), every=2)
+    assert str(stopped.value) == f"SIGTERM after step 7: saved nothing ({why})"
+    assert attempts == [2, 4, 6, 7]
+    assert capsys.readouterr().err.splitlines() == [
+        f"l3d: after step 4: {why}; going on, to be tried again with each that is due"
+    ]
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+
+    fit(tmp_path, 13, resume=True, every=2)
+    assert capsys.readouterr().err.splitlines() == [
+        "l3d: goes on after step 2",
+        f"l3d: after step 4: {why}; going on, to be tried again with each that is due",
+        "l3d: after step 8: checkpoints can be written again",
+    ]
+    fit(tmp_path / "whole", 13)
+    found, expected = (path / "decomposition/model.safetensors" for path in (tmp_path, tmp_path / "whole"))
+    assert found.read_bytes() == expected.read_bytes()
 
 
 def test_one_checkpoint_is_written_over_and_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
