@@ -5,8 +5,8 @@
 A multilayer perceptron, 3 layers of 1024 x 1024, n_v 600 of rank 2: what is kept of V dominates. 64 samples a step over
 all ranks, random references, no start from gradients and no swaps. CPU and gloo, one thread a rank.
 
-- `held`: bytes of V_in, V_out, their gradients and AdamW's state on a rank between two steps (all tensors that there
-  are, without the target's).
+- `held`: bytes of V_in, V_out and AdamW's state on a rank between two steps (all tensors that there are, without the
+  target's). Gradients are there within a step only; under DeepSpeed's stage 3 its master's are kept.
 - `peak`: what the process's resident memory has grown by from before V to its highest.
 - `sent`: what goes over the loopback device in a step, by a rank. Each run has a network of its own (`unshare --net`,
   which takes root); where that cannot be had, other programs' packets count too.
@@ -55,10 +55,10 @@ def formulas(strategy: str, ranks: int) -> dict[str, float]:
     all_reduce = 2 * (ranks - 1) / ranks * 2 * side
     if strategy == "fsdp2":
         sent = (ranks - 1) / ranks * side + (ranks - 1) * (captured + codes)
-        return {"held": 8 * side / ranks, "sent": sent}
-    if strategy == "ddp":  # (its buckets are a second copy of the gradients)
-        return {"held": 8 * side + (2 * side if ranks > 1 else 0), "sent": all_reduce}
-    kept = {"1": 4 + 6 / ranks, "2": 2 + 8 / ranks, "3": 10 / ranks}[strategy[-1]]
+        return {"held": 6 * side / ranks, "sent": sent}
+    if strategy == "ddp":
+        return {"held": 6 * side, "sent": all_reduce}
+    kept = {"1": 2 + 6 / ranks, "2": 2 + 6 / ranks, "3": 10 / ranks}[strategy[-1]]
     gathered = (ranks - 1) / ranks * 2 * side
     return {"held": kept * side, "sent": {"1": all_reduce, "2": all_reduce, "3": all_reduce + gathered}[strategy[-1]]}
 

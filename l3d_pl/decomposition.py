@@ -117,6 +117,7 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         Raises:
             L3DError: another model than the one decomposed: other parameters, or another fingerprint.
         """
+        target = freeze(target)
         shapes = {name: tuple(tensor.shape) for name, tensor in target.named_parameters()}
         for name, shape in self.subnetworks.shapes.items():
             if shapes.get(name) != shape:
@@ -131,7 +132,7 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
                 f"{str(self.target_fingerprint)[:12]}"
             )
         self.target_fingerprint, self.target_class = found, f"{type(target).__module__}.{type(target).__qualname__}"
-        self._target = freeze(target)
+        self._target = target
         return self
 
     @property

@@ -308,6 +308,8 @@ class L3D(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         self.target.to(self.device)
+        if self._compiler_ctx is not None:
+            raise L3DError("model: found L3D in torch.compile; allowed is L3D itself, whose step is written by hand")
         self._ranks = self._replicas = Ranks.of_run()
         mesh = self.device_mesh
         if mesh is not None:  # data x subnetworks: see `configure_model`

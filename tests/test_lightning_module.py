@@ -479,3 +479,15 @@ def test_nothing_good_to_validate_on_is_one_line(tmp_path: Path) -> None:
     nothing = DataLoader(torch.full((32, 5), math.nan), 16)
     with pytest.raises(L3DError, match="the val set is empty, or none of its samples has a finite gradient"):
         trainer_of(tmp_path, max_epochs=1).fit(module_of(bad_samples="skip"), DataLoader(x, 16), nothing)
+
+
+def test_a_compiled_target_is_decomposed_as_itself_and_a_compiled_l3d_refused(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"swap_every": 0, "reference": "mean"}
+    found = []
+    for target in (tied(), torch.compile(tied())):
+        module = module_of(target, **settings)
+        trainer_of(tmp_path, max_steps=3).fit(module, data_of())
+        found.append([parameter.detach() for parameter in module.subnetworks.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    with pytest.raises(L3DError, match="found L3D in torch"):
+        trainer_of(tmp_path, max_steps=3).fit(torch.compile(module_of(**settings)), data_of())

@@ -16,6 +16,7 @@ from torch import distributed as dist
 from torch import multiprocessing as mp
 from zoo import VOCABULARY, language_model
 
+from l3d_pl import L3D
 from l3d_pl.auxiliary import auxiliary_loss
 from l3d_pl.batch_topk import batch_topk, global_threshold, n_selected
 from l3d_pl.gradients import GradientExtractor
@@ -31,6 +32,7 @@ from l3d_pl.sharded import (
 from l3d_pl.step import decompose
 from l3d_pl.subnetworks import Subnetworks
 from l3d_pl.targets.frozen import freeze, select_parameters, shard
+from l3d_pl.targets.toy import Autoencoder
 from l3d_pl.tucker import local
 
 HERE = Path(__file__).parent
@@ -240,3 +242,20 @@ def _sharded_targets(ranks: Ranks) -> None:
 @pytest.mark.distributed
 def test_a_sharded_target_gives_the_same_gradients(tmp_path: Path) -> None:
     on_ranks(2, tmp_path, _sharded_targets)
+
+
+def _random_streams(ranks: Ranks) -> None:
+    module = L3D(Autoencoder(10, 5), n_subnetworks=7, seed=0)
+    module._ranks = ranks
+    streams = ("references", "start", "k-lines", "anchor references", "repair", "validation")
+    seeds = ranks.gather({stream: module._generator(stream).initial_seed() for stream in streams})
+    assert len({of_rank["references"] for of_rank in seeds}) == ranks.size  # each draws for samples of its own
+    for stream in streams[1:4]:
+        assert len({of_rank[stream] for of_rank in seeds}) == 1, stream
+    starts = ranks.gather([parameter.detach() for parameter in module.subnetworks.parameters()])
+    assert all(torch.equal(a, b) for start in starts for a, b in zip(start, starts[0], strict=True))
+
+
+@pytest.mark.distributed
+def test_ranks_draw_references_of_their_own_and_start_from_the_same_v(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, _random_streams)

@@ -16,7 +16,11 @@ from l3d_pl.errors import L3DError, did_you_mean
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Eval mode, no parameter requires a gradient. Returns the same model."""
+    """Eval mode, no parameter requires a gradient. Returns the same model; of a compiled one the model itself.
+
+    (What `torch.compile` fuses cannot be watched operation by operation.)
+    """
+    model = getattr(model, "_orig_mod", model)
     return model.eval().requires_grad_(False)
 
 
