@@ -42,7 +42,7 @@ class Settings:
 
     targets: tuple[int, ...] = (42, 1)
     recipes: tuple[str, ...] = ("l3d_pl", "paper")
-    steps: int = 1600
+    steps: int = 1000
     every: int = 50
     draws: int = 3
     training: tuple[str, ...] = ()
