@@ -23,7 +23,6 @@ code 2.
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import re
@@ -118,8 +117,9 @@ def bad_input_in(error: BaseException | None) -> Exception | None:
 
 def trouble_in(error: BaseException) -> str | None:
     """What has ended a command that nobody's input and no code is to blame for: a full disk, a lost rank."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error.filename or 'a file'} cannot be written ({error.strerror})"
+    full = re.search("No space left on device|Disk quota exceeded", str(error))  # (by whatever library)
+    if full and isinstance(error, Exception):
+        return f"the disk is full ({str(error).splitlines()[0]})"
     lost = re.search("(?i)connection (reset|closed|refused)|broken pipe|remote process exited", str(error))
     if (
         isinstance(error, RuntimeError)
