@@ -1,0 +1,375 @@
+"""L3D along a fine-tuning run: what persists, appears, vanishes? (docs/experiments/dynamics.md)
+
+The digits CNN is fine-tuned until the last five classes have changed names. At checkpoints it is decomposed, from
+scratch and from where the checkpoint before ended; the subnetworks are matched. How well two fits match *where nothing
+changed* is the noise: another seed (from scratch), as many more steps (going on).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from datamodules.digits import DigitsData
+from datamodules.loading import Rows
+from l3d_pl.analysis.stability import cosines, match
+from l3d_pl.decomposition import Decomposition
+from l3d_pl.experiments.common import COLOURS, Summary, Toy, doing, load_toy, spread
+from l3d_pl.lightning_module import L3D
+from l3d_pl.subnetworks import Subnetworks
+from l3d_pl.targets.training import TargetTraining
+from l3d_pl.toys import fit_quietly
+
+ARMS = ("scratch", "another seed", "going on", "unchanged", "random")
+NEW_NAMES = (0, 1, 2, 3, 4, 6, 7, 8, 9, 5)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What can be set.
+
+    Args:
+        n_subnetworks: n_v.
+        fit_steps: of a decomposition from scratch; going on takes half as many.
+        checkpoints: steps of fine-tuning at which the network is decomposed, besides 0.
+        lr: of fine-tuning (AdamW, constant, all parameters).
+        same: |cos| above which two subnetworks count as one.
+        target_epochs: training of the network before; one of its own for every seed.
+    """
+
+    n_subnetworks: int = 40
+    fit_steps: int = 100
+    checkpoints: tuple[int, ...] = (20, 100)
+    lr: float = 0.001
+    same: float = 0.7
+    target_epochs: int = 20
+
+
+TINY = {"n_subnetworks": 5, "fit_steps": 4, "checkpoints": [1, 3], "target_epochs": 1}
+
+
+# -- the model that changes --------------------------------------------------------------------------------------------
+
+
+class NewNames(DigitsData):
+    """The digits, where classes 5 to 9 are called 6, 7, 8, 9, 5."""
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        names = torch.tensor(NEW_NAMES)
+        renamed = []
+        for part in (self.train, self.test):
+            given = part[torch.arange(len(part))]  # type: ignore[arg-type, call-overload]
+            renamed.append(Rows(inputs=given["inputs"], labels=names[given["labels"]]))
+        self.train, (self.validation, self.test) = renamed[0], (renamed[1], renamed[1])
+
+
+class Keep(L.Callback):
+    """Copies of the model, in eval mode and frozen, after the given steps."""
+
+    def __init__(self, steps: Sequence[int]) -> None:
+        self.steps, self.models = set(steps), {}  # type: ignore[var-annotated]
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step in self.steps:
+            self.models[trainer.global_step] = copy.deepcopy(module.model).eval().requires_grad_(False)
+
+
+def fine_tune(model: nn.Module, checkpoints: Sequence[int], lr: float, seed: int) -> dict[int, nn.Module]:
+    """The model after 0 and after so many steps on the new names, {steps: model}."""
+    kept = Keep(checkpoints)
+    torch.manual_seed(seed)
+    training = TargetTraining(
+        copy.deepcopy(model).requires_grad_(True), loss="cross_entropy", lr=lr, schedule="constant"
+    )
+    fit_quietly(training, NewNames(seed=seed), max_steps=max(checkpoints), limit_val_batches=0, callbacks=[kept])
+    return {0: model, **kept.models}
+
+
+# -- measures ----------------------------------------------------------------------------------------------------------
+
+
+def fates(cos: Tensor, before: Tensor, after: Tensor, same: float) -> tuple[list[str], list[str]]:
+    """What became of each subnetwork: `persists`, `vanishes`, `dead`; how each came: `persists`, `appears`, `dead`.
+
+    Only those that live count; of two that are alike to one, the Hungarian matching says which of them it is.
+
+    Args:
+        cos: of all subnetworks before with all after, [n, m].
+        before, after: which are alive, [n] and [m].
+    """
+    first, second = ["vanishes"] * len(before), ["appears"] * len(after)
+    alive = cos.abs() * before[:, None] * after
+    for i, j in zip(*(places.tolist() for places in match(alive)), strict=True):
+        if float(alive[i, j]) > same:
+            first[i] = second[j] = "persists"
+    for names, living in ((first, before), (second, after)):
+        for i in (~living).nonzero().flatten().tolist():
+            names[i] = "dead"
+    return first, second
+
+
+def flat(tensors: Mapping[str, Tensor], names: Sequence[str], first: int = 0) -> Tensor:
+    """Tensors as one vector, float64; the first `first` dimensions stay."""
+    return torch.cat([tensors[name].detach().double().flatten(first) for name in names], -1)
+
+
+def coordinates(v: Tensor, step: Tensor) -> Tensor:
+    """The a of least squares in step = sum_k a_k v_k, [n_v]; v is [n_v, n_w], step [n_w]."""
+    return torch.linalg.lstsq(v.T, step.unsqueeze(1), driver="gelsd").solution.squeeze(1)
+
+
+def attributed(v: Tensor, path: Tensor, gradients: Tensor) -> Tensor:
+    """The change of a loss along a path of parameters, by subnetwork: sum over steps a_k (∇L · v_k), [n_v].
+
+    a: `coordinates` of the step. ∇L: the mean of the step's ends, so that for a quadratic loss the sum over k is
+    exactly the change that the steps' components in the span of the subnetworks make.
+
+    Args:
+        v: [n_v, n_w].
+        path: parameters at the checkpoints, [checkpoints, n_w].
+        gradients: of the loss there, likewise.
+    """
+    slopes = (gradients[1:] + gradients[:-1]) / 2
+    return sum(
+        (coordinates(v, step) * (v @ g) for step, g in zip(path.diff(dim=0), slopes, strict=True)), v.new_zeros(())
+    )
+
+
+def share_in_span(v: Tensor, step: Tensor) -> float:
+    """The part of ‖step‖² that lies in the span of the rows of v."""
+    return float((coordinates(v, step) @ v).square().sum() / step.square().sum())
+
+
+# -- one seed ----------------------------------------------------------------------------------------------------------
+
+
+def run(settings: Settings, output: Path, seed: int) -> list[dict[str, Any]]:
+    """Rows by `kind`: `match` (pairs), `fate` and `part` (every subnetwork), `task` (every checkpoint), `path`."""
+    doing("target")
+    toy = load_toy("digits_cnn", seed, output, ["--trainer.max_epochs", str(settings.target_epochs)])
+    doing("fine-tuning")
+    models = fine_tune(toy.target, settings.checkpoints, settings.lr, seed)
+    steps = sorted(models)
+    scratch, going_on, unchanged = {}, {}, {}
+    for step in steps:
+        doing(f"from scratch at {step}")
+        scratch[step] = _fit(settings, toy, models[step], seed)
+    doing("another seed")
+    another = _fit(settings, toy, models[0], seed + 1000)
+    going_on[0] = unchanged[0] = scratch[0]
+    for last, step in pairwise(steps):
+        doing(f"going on at {step}")
+        going_on[step] = _fit(settings, toy, models[step], seed, going_on[last])
+        unchanged[step] = _fit(settings, toy, models[0], seed, unchanged[last])
+
+    found = {step: module.decomposition() for step, module in scratch.items()}
+    rows: list[dict[str, Any]] = []
+    pairs = list(dict.fromkeys([(0, step) for step in steps[1:]] + list(pairwise(steps))))
+    for a, b in pairs:
+        rows += _compared("scratch", a, b, found[a], found[b], settings.same)
+        for arm, chain in (("going on", going_on), ("unchanged", unchanged)):
+            rows += _compared(arm, a, b, chain[a].decomposition(), chain[b].decomposition(), settings.same)
+    rows += _compared("another seed", 0, 0, found[0], another.decomposition(), settings.same)
+    rows += _compared("random", 0, 0, found[0], _random(found[0], seed), settings.same)
+    return rows + _task_rows(found[0], going_on[steps[-1]].decomposition(), models, NewNames(seed=seed))
+
+
+def _fit(settings: Settings, toy: Toy, model: nn.Module, seed: int, start: L3D | None = None) -> L3D:
+    """A decomposition of `model`: from scratch, or from the subnetworks of another fit."""
+    given = toy.model | {"target": model, "n_subnetworks": settings.n_subnetworks}
+    steps = settings.fit_steps
+    if start is not None:
+        given |= {"init": "random", "scale_start": False, "k_start": 1.0, "swap_every": 0, "revive_every": 0}
+        steps = max(1, steps // 2)
+    module = L3D(**given, seed=seed)
+    if start is not None:
+        module.subnetworks.load_state_dict(start.subnetworks.state_dict())
+    fit_quietly(module, DigitsData(seed=seed), max_steps=steps)
+    module.ensure_validated()
+    return module
+
+
+def _random(found: Decomposition, seed: int) -> Decomposition:
+    """As many random directions of the same ranks, all alive."""
+    own = found.subnetworks
+    ranks = {name: list(ranks) or 1 for name, ranks in own.ranks.items()}
+    drawn = Subnetworks(own.shapes, own.n_subnetworks, ranks, generator=torch.Generator().manual_seed(seed))
+    return Decomposition(drawn, divergence=found.divergence, k=found.k, p_act=torch.ones(own.n_subnetworks))
+
+
+def _compared(
+    arm: str, a: int, b: int, first: Decomposition, second: Decomposition, same: float
+) -> list[dict[str, Any]]:
+    cos = cosines(first.subnetworks.v_out, second.subnetworks.v_out).detach()
+    facts = {"arm": arm, "from": a, "to": b}
+    before, after = first.p_act > 0, second.p_act > 0
+    alive = cos.abs() * before[:, None] * after
+    rows: list[dict[str, Any]] = [
+        facts
+        | {
+            "kind": "match",
+            "subnetwork": i,
+            "cos": float(cos[i, j]),
+            "p_act": float(first.p_act[i]),
+            "other_p_act": float(second.p_act[j]),
+        }
+        for i, j in zip(*(places.tolist() for places in match(alive)), strict=True)
+        if before[i] and after[j]
+    ]
+    for side, names in zip(("before", "after"), fates(cos, before, after, same), strict=True):
+        rows += [facts | {"kind": "fate", "side": side, "subnetwork": i, "fate": name} for i, name in enumerate(names)]
+    return rows
+
+
+def _task_rows(
+    first: Decomposition, last: Decomposition, models: Mapping[int, nn.Module], data: DigitsData
+) -> list[dict[str, Any]]:
+    """Loss and accuracy of the new task at each checkpoint; each subnetwork's part in the change, and how it turned."""
+    data.setup()
+    rows: list[dict[str, Any]] = []
+    for step in sorted(models):
+        batch = data.test[torch.arange(len(data.test))]  # type: ignore[arg-type, call-overload]
+        with torch.no_grad():
+            logits = models[step](batch["inputs"])
+        loss = float(cross_entropy(logits, batch["labels"]))
+        right = float((logits.argmax(1) == batch["labels"]).double().mean())
+        rows.append({"kind": "task", "to": step, "loss": loss, "accuracy": right})
+    names, path, gradients = list(first.subnetworks.shapes), [], []
+    batch = data.train[torch.arange(len(data.train))]  # type: ignore[arg-type, call-overload]
+    for step in sorted(models):
+        tensors = {name: tensor.detach().requires_grad_() for name, tensor in models[step].named_parameters()}
+        with torch.enable_grad():
+            loss = cross_entropy(functional_call(models[step], tensors, (batch["inputs"],)), batch["labels"])
+            slopes = torch.autograd.grad(loss, [tensors[name] for name in names])
+        path.append(flat(tensors, names))
+        gradients.append(flat(dict(zip(names, slopes, strict=True)), names))
+    v = flat(first.directions(), names, 1)
+    parts = attributed(v, torch.stack(path), torch.stack(gradients))
+    # What all decomposed tensors change, in the first place and in the span, and what random directions would.
+    moved = path[-1] - path[0]
+    slopes = [(a + b) / 2 for a, b in pairwise(gradients)]
+    carried = float(sum((b - a) @ slope for (a, b), slope in zip(pairwise(path), slopes, strict=True)))
+    facts = {
+        "carried": carried,
+        "in_span": share_in_span(v, moved),
+        "in_random_span": share_in_span(flat(_random(first, 0).directions(), names, 1), moved),
+    }
+    cos = cosines(first.subnetworks.v_out, last.subnetworks.v_out).detach().abs().diagonal()  # going on: same places
+    return [
+        *rows,
+        {"kind": "path", **facts},
+        *(
+            {
+                "kind": "part",
+                "subnetwork": k,
+                "cos": float(cos[k]),
+                "p_act": float(first.p_act[k]),
+                "part": float(parts[k]),
+            }
+            for k in range(first.n_subnetworks)
+        ),
+    ]
+
+
+# -- all seeds ---------------------------------------------------------------------------------------------------------
+
+
+def shares(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of every seed and comparison: mean |cos| of the matched; shares that persist, vanish, appear; P_act alike?"""
+    result = []
+    keys = ["seed", "arm", "from", "to"]
+    for key, part in rows[rows["kind"].isin(["match", "fate"])].groupby(keys, sort=False):
+        matched, sides = part[part["kind"] == "match"], {}
+        for side in ("before", "after"):
+            names = part[part["side"] == side]["fate"]
+            sides[side] = names[names != "dead"]
+        use = matched[["p_act", "other_p_act"]].astype(float)
+        result.append(
+            dict(zip(keys, key, strict=True))
+            | {
+                "alive": len(sides["before"]),
+                "cos": matched["cos"].abs().mean(),
+                "persists": (sides["before"] == "persists").mean(),
+                "vanishes": (sides["before"] == "vanishes").mean(),
+                "appears": (sides["after"] == "appears").mean(),
+                "p_act": _rank_correlation(use["p_act"], use["other_p_act"]),
+            }
+        )
+    return pd.DataFrame(result)
+
+
+def _rank_correlation(a: Any, b: Any) -> float:
+    """Spearman's; NaN where one of them is constant or there are fewer than three."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    return float(spearmanr(a, b)[0]) if len(a) > 2 and np.ptp(a) > 0 and np.ptp(b) > 0 else float("nan")
+
+
+def summarise(rows: pd.DataFrame) -> Summary:
+    """Each arm and pair of checkpoints; whether the subnetworks that turn are those that carry the new task's loss."""
+    found, table = shares(rows), []
+    order = {arm: i for i, arm in enumerate(ARMS)}
+    groups = sorted(found.groupby(["arm", "from", "to"], sort=False), key=lambda item: (order[item[0][0]], item[0][1:]))
+    for (arm, a, b), part in groups:
+        table.append(
+            {"arm": arm, "checkpoints": f"{int(a)} to {int(b)}", "alive": spread(part["alive"], "{:.0f}")}
+            | {"|cos|": spread(part["cos"], "{:.2f}")}
+            | {name: spread(100 * part[name], "{:.0f}") + " %" for name in ("persists", "vanishes", "appears")}
+            | {"P_act, rank correlation": spread(part["p_act"], "{:.2f}")}
+        )
+    parts, task = rows[rows["kind"] == "part"], rows[rows["kind"] == "task"]
+    alive = parts[parts["p_act"] > 0]
+    turned = [_rank_correlation(1 - part["cos"], part["part"].abs()) for _, part in alive.groupby("seed")]
+    use = [_rank_correlation(part["p_act"], part["part"].abs()) for _, part in alive.groupby("seed")]
+    last = int(task["to"].max())
+    paths = rows[rows["kind"] == "path"]
+    ends = {b: task[task["to"] == b].set_index("seed") for b in (0, last)}
+    verdict: dict[str, Any] = {
+        "new task, loss before": float(ends[0]["loss"].mean()),
+        "new task, loss after": float(ends[last]["loss"].mean()),
+        "new task, accuracy before": float(ends[0]["accuracy"].mean()),
+        "new task, accuracy after": float(ends[last]["accuracy"].mean()),
+        "rank correlation of turning with the part in the loss": spread(turned, "{:.2f}"),
+        "rank correlation of P_act with the part in the loss": spread(use, "{:.2f}"),
+        "change of the new task's loss, all decomposed tensors": spread(paths["carried"], "{:.2f}"),
+        "of it along the subnetworks": spread(parts.groupby("seed")["part"].sum(), "{:.2f}"),
+        "share of the step in the span of the subnetworks": spread(paths["in_span"]),
+        "share in the span of random directions": spread(paths["in_random_span"]),
+    }
+    for arm, noise in (("scratch", "another seed"), ("going on", "unchanged")):
+        mine = found[(found["arm"] == arm) & (found["from"] == 0) & (found["to"] == last)].set_index("seed")
+        its = found[(found["arm"] == noise) & (found["to"].isin([0, last])) & (found["from"] == 0)]
+        its = its.sort_values("to").groupby("seed").last()
+        verdict[f"|cos|, {arm} minus {noise}"] = spread(mine["cos"] - its["cos"], "{:.2f}")
+    return Summary(pd.DataFrame(table), {"dynamics": _plot(rows, alive, last)}, verdict)
+
+
+def _plot(rows: pd.DataFrame, parts: pd.DataFrame, last: int) -> Figure:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    matched = rows[(rows["kind"] == "match") & (rows["from"] == 0) & rows["to"].isin([0, last])]
+    for colour, arm in zip(COLOURS, ARMS, strict=False):
+        cos = np.sort(matched[matched["arm"] == arm]["cos"].abs().to_numpy())[::-1]
+        style = "-" if arm in ("scratch", "going on") else "--"
+        left.plot(np.linspace(0, 100, len(cos)), cos, style, color=colour, label=arm)
+    left.set(xlabel="matched pairs, best first, %", ylabel="|cos|", ylim=(0, 1.03), title=f"checkpoints 0 and {last}")
+    left.legend(frameon=False, fontsize=8)
+    right.scatter(parts["part"].abs(), 1 - parts["cos"], s=10, color=COLOURS[0], alpha=0.6)
+    right.set(
+        xscale="log", xlabel="|part in the new task's loss|, nats", ylabel="1 − |cos|, going on", title="all seeds"
+    )
+    return figure
