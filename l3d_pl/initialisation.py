@@ -51,6 +51,21 @@ def k_lines(gram: Tensor, n_lines: int, generator: torch.Generator, tries: int =
     raise AssertionError("unreachable")
 
 
+def dense_and_lines(gram: Tensor, n_dense: int, n_lines: int, generator: torch.Generator) -> Tensor:
+    """Principal directions of the samples, each counted alike, and K-lines of what they leave: as in `k_lines`.
+
+    The directions of most use to every sample, be it large or small, are where dense subnetworks start.
+    """
+    size = gram.diagonal().clamp_min(_TINY).sqrt()
+    alike = gram / torch.outer(size, size)
+    values, vectors = torch.linalg.eigh(alike.double())
+    values, vectors = values[-n_dense:].flip(0).clamp_min(_TINY).to(gram), vectors[:, -n_dense:].flip(1).to(gram)
+    dense = vectors.mT / values.sqrt().unsqueeze(1) / size  # of unit norm, and orthogonal
+    along = gram @ dense.mT  # <g_i, v_j>
+    lines = k_lines(gram - along @ along.mT, n_lines, generator)
+    return torch.cat([dense, lines - lines @ along @ dense])
+
+
 def low_rank_unit(dense: Mapping[str, Tensor], subnetworks: Subnetworks) -> dict[str, Tucker]:
     """Directions given as dense tensors {name: [m, *shape]}, cut to the subnetworks' ranks and scaled to unit norm."""
     cut = {name: truncate(dense[name], subnetworks.ranks[name]) for name in subnetworks.shapes}
@@ -69,13 +84,17 @@ def start_from_gradients(
 ) -> None:
     """Set V_out, and V_in as its copy, to the K-lines of a sample of gradients, cut to rank.
 
+    Subnetworks that take part in every sample (`n_dense`) start at its principal directions.
+
     Args:
         restart: which restart's subnetworks to set.
         prepared: gradients of N >= n_v samples.
         noise: normal noise added to every core and factor, relative to that tensor's root mean square.
         gram: `prepared.gram()`, where it is known already.
     """
-    weights = k_lines(prepared.gram() if gram is None else gram, subnetworks.n_subnetworks, generator)
+    gram = prepared.gram() if gram is None else gram
+    n, n_dense = subnetworks.n_subnetworks, subnetworks.n_dense
+    weights = dense_and_lines(gram, n_dense, n - n_dense, generator) if n_dense else k_lines(gram, n, generator)
     index, own = subnetworks.restart(restart), subnetworks.own
     values = sum(math.prod(shape) for shape in subnetworks.shapes.values())
     step = max(1, 4 * subnetworks.chunk // values)  # so many dense directions at a time

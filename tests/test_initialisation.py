@@ -8,7 +8,7 @@ from torch import Tensor
 
 from l3d_pl import subnetworks as layout
 from l3d_pl.gradients import DenseGradient, OuterGradient, SampleGradient
-from l3d_pl.initialisation import k_lines, start_from_gradients
+from l3d_pl.initialisation import dense_and_lines, k_lines, start_from_gradients
 from l3d_pl.repair import loss_of
 from l3d_pl.subnetworks import Subnetworks
 
@@ -50,6 +50,22 @@ def test_k_lines_recovers_planted_lines_whatever_the_signs(n_lines: int, seed: i
     torch.testing.assert_close(centres.norm(dim=1), torch.ones(n_lines, dtype=torch.float64))
     cosines = (centres @ lines.mT).abs()
     torch.testing.assert_close(cosines.amax(0), torch.ones(n_lines, dtype=torch.float64))
+
+
+@given(seed=st.integers(0, 1000))
+def test_dense_subnetworks_start_at_what_every_sample_has(seed: int) -> None:
+    """A direction in each of 240 samples, with less energy than any of the eight lines that the samples lie along."""
+    random = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(24, 24, generator=random, dtype=torch.float64))[0]
+    size = 1 + 2 * torch.rand(240, 1, generator=random, dtype=torch.float64)
+    sign = torch.randn(240, 2, 1, generator=random, dtype=torch.float64).sign()
+    gradients = basis[torch.arange(240) % 8] * size * sign[:, 0] + 0.7 * basis[8] * sign[:, 1]
+    weights = dense_and_lines(gradients @ gradients.mT, 1, 8, torch.Generator().manual_seed(seed))
+    found = weights @ gradients
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(9, dtype=torch.float64))
+    assert (found[1:] @ found[0]).abs().max() < 1e-9
+    assert float((found[0] @ basis[8]).abs()) > 0.7
+    assert (found[1:] @ basis[:8].mT).abs().amax(0).min() > 0.7
 
 
 def test_k_lines_gives_its_centres_to_the_energy() -> None:

@@ -49,7 +49,7 @@ class Settings:
     features: int = 10
     probability: float = 0.05
     spare: int = 0
-    steps: int = 800
+    steps: int = 400
     samples: int = 1000
 
 
@@ -146,7 +146,8 @@ def run(settings: Settings, output: Path, seed: int) -> list[dict[str, Any]]:
             doing(f"strength {strength:g}, {arm}")
             n_v, n_dense = n + 1 + settings.spare, int(arm == "dense")
             k = min(1.0, l0_of(arm, n, settings.probability) / (n_v - n_dense))
-            module = L3D(planted(n + 1), n_subnetworks=n_v, k=k, n_dense=n_dense, seed=seed)
+            sizes = {"n_subnetworks": n_v, "n_dense": n_dense, "init_samples": 500, "swap_samples": 1000}
+            module = L3D(planted(n + 1), k=k, seed=seed, **sizes)  # type: ignore[arg-type]
             module_data = ScaffoldData(**data, steps_per_epoch=200, seed=seed)
             fit_quietly(module, module_data, max_steps=settings.steps, limit_val_batches=0)
             module_data.setup()
