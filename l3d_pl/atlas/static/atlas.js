@@ -287,7 +287,7 @@ const Data = (() => {
         colours.includes(OTHER) ? el("span", {}, el("span", { class: "swatch", style: { background: OTHER } }), `${colours.filter((c) => c === OTHER).length} other tensors`) : null),
       run.pictures.length ? [el("h2", {}, "Pictures"), el("div", { class: "pictures columns" }, run.pictures.map((p) => p.words ? missing(p.words) :
         el("figure", {}, el("img", { src: p.file, alt: p.alt }), el("figcaption", {}, p.caption))))] : null,
-      run.figures.length ? [el("h2", {}, "Figures"), el("div", { class: "pictures columns" }, run.figures.map((p) => el("figure", {}, el("img", { src: p.file, alt: p.alt }), el("figcaption", {}, p.caption))))] : null,
+      run.figures.length ? [el("h2", {}, "Figures"), el("div", { class: "pictures columns figures" }, run.figures.map((p) => el("figure", {}, el("img", { src: p.file, alt: p.alt }), el("figcaption", {}, p.caption))))] : null,
       run.map ? [el("h2", {}, "Map"), el("p", { class: "note" }, "Near each other: similar directions (|cos|). Larger: active on more samples. Colour: the tensor that holds most of the norm; grey: dead. A point opens its subnetwork."),
         el("figure", { id: "map" }, map())] : null,
       el("h2", {}, "Training and activity"), trainingCurves(),
