@@ -136,6 +136,15 @@ def test_batch_that_does_not_end_is_given_up_before_the_time_limit(job: Job) -> 
     assert (process.returncode, job.requeued) == (0, ["requeue 7"])
 
 
+def test_start_after_a_lost_node_says_so(job: Job) -> None:
+    process = job.start("touch $run/up; exec sleep 1")
+    wait_for(job.folder / "run/up")
+    process.kill()
+    process.wait(10)
+    assert "the start before this one ended without a word" in job.run("exit 137")[1]
+    assert "without a word" not in job.run("exit 137")[1]
+
+
 def wait_for(path: Path) -> None:
     end = time.monotonic() + 20
     while not path.exists():
