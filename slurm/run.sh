@@ -48,6 +48,8 @@ fit() {
 				sleep 1
 			done
 			! kill -KILL "$step" 2> /dev/null || say "nothing saved in $GRACE s" # or the time limit would be the end
+			wait "$step"
+			code=$?
 		fi
 		rm -f "$running"
 	fi

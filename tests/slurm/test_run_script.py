@@ -108,8 +108,9 @@ def test_signal_reaches_the_ranks_and_requeues(job: Job) -> None:
     process = job.start(f"trap '{SAVE}; exit 0' USR1; touch $run/up; while :; do sleep 0.05; done")
     wait_for(job.folder / "run/up")
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(30) == 0
-    assert job.requeued == ["requeue 7"]
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, job.requeued) == (0, ["requeue 7"])
+    assert "requeued (exit code 0)" in output
 
 
 def test_signal_before_anybody_listens_requeues_too(job: Job) -> None:
