@@ -171,7 +171,7 @@ def _run_seed(experiment: ModuleType, settings: Any, folder: Path, seed: int, co
 def summarise(name: str, output: Path) -> Summary:
     """Table, plots and manifest of the finished seeds in `output`; prints the table and the verdict."""
     experiment, records = load_experiment(name), _records(output)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE | {"text.parse_math": True}):  # the labels of logarithmic axes are formulas
         summary: Summary = experiment.summarise(rows_of(output))
         manifest = {
             "experiment": name,
