@@ -60,8 +60,8 @@ class Settings:
     """
 
     toys: tuple[str, ...] = TOYS
-    targets: tuple[int, ...] = (42, 1)
-    steps: int = 1000
+    targets: tuple[int, ...] = (42,)
+    steps: int = 1600
     rows: int = 5_000
     target_epochs: int = 4
 

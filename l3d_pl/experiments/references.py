@@ -41,9 +41,9 @@ class Settings:
     """
 
     targets: tuple[int, ...] = (42, 1)
-    recipes: tuple[str, ...] = ("l3d_pl", "paper")
+    recipes: tuple[str, ...] = ("l3d_pl",)
     steps: int = 1000
-    every: int = 50
+    every: int = 25
     draws: int = 3
     training: tuple[str, ...] = ()
 
