@@ -69,6 +69,7 @@ def test_a_planted_dense_circuit_is_seen() -> None:
         v = torch.zeros(5, *g.shape[1:])
         v[:, -1] = basis[0]
         v[:, 0] = 1e-3
+        v[0, 0] = 3.0  # what a subnetwork does elsewhere does not count
         c = (g[:, -1] @ basis[0]).unsqueeze(1) * {
             "one": torch.eye(5)[0],
             "five": torch.ones(5) / 5,
