@@ -9,7 +9,19 @@ import torch
 from torch import nn
 
 from l3d_pl.cli import main
-from l3d_pl.experiments.steering import Along, Full, LoRA, Tuning, cost_at, costs, curve, divergences, gains, wins
+from l3d_pl.experiments.steering import (
+    Along,
+    Full,
+    LoRA,
+    Tuning,
+    costs,
+    curve,
+    divergences,
+    gains,
+    side_at,
+    strength_at,
+    wins,
+)
 
 
 class Table(nn.Module):
@@ -59,22 +71,29 @@ def test_divergence_has_the_direction_of_the_page() -> None:
     assert float(divergences(before, after)) == pytest.approx(0.9 * math.log(1.8) + 0.1 * math.log(0.2), rel=1e-5)
 
 
-def test_cost_is_read_where_the_curve_first_gets_there() -> None:
-    wanted, cost = [0.0, 0.4, 0.8, 0.2, 0.9], [0.0, 1.0, 3.0, 9.0, 10.0]
-    assert cost_at(wanted, cost, 0.4) == 1
-    assert cost_at(wanted, cost, 0.6) == pytest.approx(2)
-    assert cost_at(wanted, cost, 0.0) == 0
-    assert math.isnan(cost_at(wanted, cost, 0.95))
+def test_strength_is_exact_where_log_odds_are_straight() -> None:
+    strengths = [0.0, 0.5, 1.0, 2.0]
+    wanted = [1 / (1 + math.exp(6 - 8 * s)) for s in strengths]
+    for level in (0.1, 0.5, 0.9):
+        assert strength_at(strengths, wanted, level) == pytest.approx((6 + math.log(level / (1 - level))) / 8)
+    assert math.isnan(strength_at(strengths, [0.0, 0.4, 0.8, 0.85], 0.9))
+    assert strength_at(strengths, [0.95, 0.4, 0.8, 0.85], 0.9) == 0
+    assert 0.5 < strength_at(strengths, [0.1, 0.4, 0.8, 0.2], 0.6) < 1  # the first time
+
+
+def test_side_is_exact_where_it_is_square() -> None:
+    strengths = [0.0, 0.5, 1.0, 2.0]
+    for s in (0.0, 0.2, 0.7, 1.9):
+        assert side_at(strengths, [3 * s * s for s in strengths], s) == pytest.approx(3 * s * s)
+    assert math.isnan(side_at(strengths, [0.0, 1.0, 2.0, 3.0], math.nan))
 
 
 def test_who_does_not_get_there_loses() -> None:
     def rows(method: str, seed: int, side: float) -> list[dict[str, float | str]]:
         facts = {"method": method, "parameters": 1, "keep": 0.0, "seed": seed, "a": 0, "b": 1, "accuracy_lost": 0.0}
-        reached = 0.0 if math.isnan(side) else 1.0
-        return [
-            facts | {"wanted": 0.0, "side": 0.0},
-            facts | {"wanted": reached, "side": 0.0 if reached == 0 else side},
-        ]
+        missed = math.isnan(side)
+        ends = (0.0, 0.0, 0.0), (1.0, 0.5 if missed else 0.9, 1.0 if missed else side)
+        return [facts | dict(zip(("strength", "wanted", "side"), end, strict=True)) for end in ends]
 
     sides = {"subnetworks": (1.0, 1.0, math.nan, math.nan), "LoRA": (2.0, 0.5, 9.0, math.nan)}
     found = costs(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -73,7 +73,7 @@ class NewNames(DigitsData):
         names = torch.tensor(NEW_NAMES)
         renamed = []
         for part in (self.train, self.test):
-            given = part[torch.arange(len(part))]  # type: ignore[arg-type, call-overload]
+            given = part[torch.arange(len(part))]  # type: ignore[arg-type]
             renamed.append(Rows(inputs=given["inputs"], labels=names[given["labels"]]))
         self.train, (self.validation, self.test) = renamed[0], (renamed[1], renamed[1])
 
@@ -82,11 +82,12 @@ class Keep(L.Callback):
     """Copies of the model, in eval mode and frozen, after the given steps."""
 
     def __init__(self, steps: Sequence[int]) -> None:
-        self.steps, self.models = set(steps), {}  # type: ignore[var-annotated]
+        self.steps = set(steps)
+        self.models: dict[int, nn.Module] = {}
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
         if trainer.global_step in self.steps:
-            self.models[trainer.global_step] = copy.deepcopy(module.model).eval().requires_grad_(False)
+            self.models[trainer.global_step] = copy.deepcopy(cast(nn.Module, module.model)).eval().requires_grad_(False)
 
 
 def fine_tune(model: nn.Module, checkpoints: Sequence[int], lr: float, seed: int) -> dict[int, nn.Module]:
@@ -243,27 +244,27 @@ def _task_rows(
     data.setup()
     rows: list[dict[str, Any]] = []
     for step in sorted(models):
-        batch = data.test[torch.arange(len(data.test))]  # type: ignore[arg-type, call-overload]
+        batch = data.test[torch.arange(len(data.test))]  # type: ignore[arg-type]
         with torch.no_grad():
             logits = models[step](batch["inputs"])
         loss = float(cross_entropy(logits, batch["labels"]))
         right = float((logits.argmax(1) == batch["labels"]).double().mean())
         rows.append({"kind": "task", "to": step, "loss": loss, "accuracy": right})
     names, path, gradients = list(first.subnetworks.shapes), [], []
-    batch = data.train[torch.arange(len(data.train))]  # type: ignore[arg-type, call-overload]
+    batch = data.train[torch.arange(len(data.train))]  # type: ignore[arg-type]
     for step in sorted(models):
         tensors = {name: tensor.detach().requires_grad_() for name, tensor in models[step].named_parameters()}
         with torch.enable_grad():
-            loss = cross_entropy(functional_call(models[step], tensors, (batch["inputs"],)), batch["labels"])
-            slopes = torch.autograd.grad(loss, [tensors[name] for name in names])
+            total = cross_entropy(functional_call(models[step], tensors, (batch["inputs"],)), batch["labels"])
+            slopes = torch.autograd.grad(total, [tensors[name] for name in names])
         path.append(flat(tensors, names))
         gradients.append(flat(dict(zip(names, slopes, strict=True)), names))
     v = flat(first.directions(), names, 1)
     parts = attributed(v, torch.stack(path), torch.stack(gradients))
     # What all decomposed tensors change, in the first place and in the span, and what random directions would.
     moved = path[-1] - path[0]
-    slopes = [(a + b) / 2 for a, b in pairwise(gradients)]
-    carried = float(sum((b - a) @ slope for (a, b), slope in zip(pairwise(path), slopes, strict=True)))
+    means = [(a + b) / 2 for a, b in pairwise(gradients)]
+    carried = sum(float((b - a) @ mean) for (a, b), mean in zip(pairwise(path), means, strict=True))
     facts = {
         "carried": carried,
         "in_span": share_in_span(v, moved),

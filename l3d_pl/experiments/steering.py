@@ -34,8 +34,8 @@ from l3d_pl.toys import fit_quietly
 
 STRENGTHS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+CURVE = ("strength", "wanted", "side", "accuracy_lost")
 VECTOR_AT, LORA_AT = "fc1", "fc2"  # layers of the steering vector and of the LoRA
-CONTROLS = ("random", "LoRA", "full", "vector")
 
 
 @dataclass(frozen=True)
@@ -171,15 +171,30 @@ def curve(
     return rows
 
 
-def cost_at(wanted: Sequence[float], cost: Sequence[float], level: float) -> float:
-    """The cost where a curve first reaches a level of `wanted`, by straight lines between its points; NaN: never."""
+def strength_at(strengths: Sequence[float], wanted: Sequence[float], level: float) -> float:
+    """The strength at which a curve first reaches a level of `wanted`; NaN: never.
+
+    Between two strengths the log odds go in a straight line, as logits do until a ReLU turns.
+    """
     for i, reached in enumerate(wanted):
         if reached >= level:
             if i == 0:
-                return float(cost[0])
-            part = (level - wanted[i - 1]) / (reached - wanted[i - 1])
-            return float(cost[i - 1] + part * (cost[i] - cost[i - 1]))
+                return strengths[0]
+            low, high, here = (
+                float(np.log(p / (1 - p))) for p in np.clip([wanted[i - 1], reached, level], 1e-9, 1 - 1e-9)
+            )
+            return strengths[i - 1] + (here - low) / (high - low) * (strengths[i] - strengths[i - 1])
     return float("nan")
+
+
+def side_at(strengths: Sequence[float], side: Sequence[float], strength: float) -> float:
+    """The side effect at a strength: a power law between two of them; below the first, square, as KL is near 0."""
+    s, kl = np.asarray(strengths)[1:], np.clip(np.asarray(side)[1:], 1e-12, None)
+    if not strength > 0:
+        return 0.0 if strength == 0 else float("nan")
+    if strength <= s[0]:
+        return float(kl[0] * (strength / s[0]) ** 2)
+    return float(np.exp(np.interp(np.log(strength), np.log(s), np.log(kl))))
 
 
 def gains(directions: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> Tensor:
@@ -216,8 +231,10 @@ def _pair_rows(
 ) -> list[dict[str, Any]]:
     a, b = pair
     target, shapes = found.target, found.subnetworks.shapes
-    images, labels = (data.train[torch.arange(len(data.train))][key] for key in ("inputs", "labels"))  # type: ignore[call-overload]
-    held_out = [data.test[torch.arange(len(data.test))][key] for key in ("inputs", "labels")]  # type: ignore[call-overload]
+    (images, labels), held_out = (
+        [part[torch.arange(len(part))][key] for key in ("inputs", "labels")]  # type: ignore[arg-type]
+        for part in (data.train, data.test)
+    )
     directions = found.directions()
     order = gains(directions, _gradient(target, shapes, images[labels == b], a)).argsort(descending=True)
     matrix = shapes[f"{LORA_AT}.weight"]
@@ -283,9 +300,15 @@ def costs(rows: pd.DataFrame) -> pd.DataFrame:
     keys = ["method", "parameters", "keep", "seed", "a", "b"]
     result = []
     for key, part in rows.groupby(keys, sort=False):
+        strengths, wanted, side, lost = (part[name].tolist() for name in CURVE)
         for level in LEVELS:
-            side, lost = (cost_at(part["wanted"].tolist(), part[c].tolist(), level) for c in ("side", "accuracy_lost"))
-            result.append(dict(zip(keys, key, strict=True)) | {"level": level, "side": side, "accuracy_lost": lost})
+            s = strength_at(strengths, wanted, level)
+            found = {
+                "level": level,
+                "side": side_at(strengths, side, s),
+                "accuracy_lost": np.interp(s, strengths, lost),
+            }
+            result.append(dict(zip(keys, key, strict=True)) | found)
     return pd.DataFrame(result)
 
 
@@ -301,9 +324,9 @@ def summarise(rows: pd.DataFrame) -> Summary:
         row["accuracy lost at 0.9"] = _range(part[part["level"] == 0.9]["accuracy_lost"])
         table.append(row)
     verdict = {}
-    few, many = [name for name in found["method"].unique() if name.startswith("subnetworks")][:2]
-    for own in (few, many):
-        for other in [name for name in found["method"].unique() if name.startswith(CONTROLS)]:
+    methods = list(found["method"].unique())
+    for own in [name for name in methods if name.startswith("subnetworks")]:
+        for other in (own.replace("subnetworks", "random"), "LoRA", "full", "vector"):
             for keep in (0.0, 1.0):
                 share = wins(found, own, other, keep)
                 if share is not None:
