@@ -310,6 +310,11 @@ class L3D(L.LightningModule):
         self.target.to(self.device)
         if self._compiler_ctx is not None:
             raise L3DError("model: found L3D in torch.compile; allowed is L3D itself, whose step is written by hand")
+        if str(self.trainer.precision) not in ("32-true", "64-true", "16-mixed", "bf16-mixed"):
+            raise L3DError(
+                f"trainer.precision: found {self.trainer.precision}, allowed are 32-true, 64-true, 16-mixed and "
+                "bf16-mixed: V is learned in float32 at least (model.autocast runs the target in half precision)"
+            )
         self._ranks = self._replicas = Ranks.of_run()
         mesh = self.device_mesh
         if mesh is not None:  # data x subnetworks: see `configure_model`

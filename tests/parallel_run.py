@@ -16,8 +16,10 @@ from lightning.pytorch.plugins.precision import DoublePrecision
 
 from datamodules.loading import InMemoryData, Rows
 from l3d_pl import L3D
+from l3d_pl.parallel import Ranks
 from l3d_pl.strategies.fsdp2 import FSDP2Strategy
 from l3d_pl.targets.toy import Autoencoder
+from l3d_pl.tucker import local
 
 
 class Data(InMemoryData):
@@ -77,8 +79,12 @@ if __name__ == "__main__":
     values = [kind(value) for kind, value in zip((int, str, int, float), arguments, strict=False)]
     found = fit(*values)
     joined = found.subnetworks.whole()
+    states = found.trainer.optimizers[0].state.values()
+    moments = [value for state in states for value in state.values() if value.ndim]
+    held = [local(tensor).numel() for tensor in (*found.subnetworks.parameters(), *moments)]
+    everyone = Ranks.of_run().gather(sum(held))
     if found.global_rank == 0:
         kept = {name: value for name, value in found.state_dict().items() if not name.startswith("subnetworks")}
         kept = {name: value for name, value in kept.items() if "metric" not in name}
         kept |= {f"subnetworks.{name}": value.detach() for name, value in joined.state_dict().items()}
-        torch.save({"state": kept, "mean_reference": found.mean_reference}, out)
+        torch.save({"state": kept, "mean_reference": found.mean_reference, "held": everyone}, out)

@@ -484,6 +484,8 @@ def test_every_value_can_be_set_from_the_command_line(monkeypatch: pytest.Monkey
         "model.parameters": ["W_in"],
         "model.n_subnetworks": 7,
         "model.k": 0.25,
+        "model.n_dense": 2,
+        "model.shard_target": True,
         "model.ranks": {"W_in": [2, 1], "*": 0.5},
         "model.divergence": "kl",
         "model.reference": "mean",

@@ -491,3 +491,8 @@ def test_a_compiled_target_is_decomposed_as_itself_and_a_compiled_l3d_refused(tm
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     with pytest.raises(L3DError, match="found L3D in torch"):
         trainer_of(tmp_path, max_steps=3).fit(torch.compile(module_of(**settings)), data_of())
+
+
+def test_v_in_half_precision_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(L3DError, match="precision: found bf16-true, allowed are 32-true"):
+        trainer_of(tmp_path, precision="bf16-true").fit(module_of(), data_of())
