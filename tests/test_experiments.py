@@ -1,6 +1,8 @@
 """The frame of `l3d experiment`: settings, seeds, files; on an experiment that takes no time."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from l3d_pl.cli import main
+from l3d_pl.configs_path import slurm_scripts
 from l3d_pl.experiments import EXPERIMENTS
 from l3d_pl.experiments.common import Summary, cell, doing, load_experiment, markdown, spread
 
@@ -108,6 +111,20 @@ def test_bad_input_is_one_line(tmp_path: Path, runs: list[int], capsys: pytest.C
     assert main(["experiment", "quik"]) == 2
     assert "did you mean 'quick'" in capsys.readouterr().err
     assert runs == [0]
+
+
+def test_batch_script_runs_the_seed_of_its_task() -> None:
+    environment = os.environ | {
+        "SLURM_ARRAY_TASK_ID": "3",
+        "EXPERIMENT": "quick",
+        "OUTPUT": "some where",
+        "L3D": "echo",
+    }
+    script = slurm_scripts() / "experiment.sbatch"
+    found = subprocess.run(
+        ["bash", script, "--steps", "7"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "experiment quick --seed 3 --output some where --steps 7\n"
 
 
 def test_every_experiment_has_what_the_frame_asks_for() -> None:
