@@ -328,7 +328,7 @@ def summarise(rows: pd.DataFrame) -> Summary:
     for (arm, a, b), part in groups:
         table.append(
             {"arm": arm, "checkpoints": f"{int(a)} to {int(b)}", "alive": spread(part["alive"], "{:.0f}")}
-            | {"|cos|": spread(part["cos"], "{:.2f}")}
+            | {"cos, absolute": spread(part["cos"], "{:.2f}")}
             | {name: spread(100 * part[name], "{:.0f}") + " %" for name in ("persists", "vanishes", "appears")}
             | {"P_act, rank correlation": spread(part["p_act"], "{:.2f}")}
         )
