@@ -20,7 +20,7 @@ class Slow(Callback):
 class Paced(Callback):
     """So many seconds more for each batch, until the file `go` is there."""
 
-    def __init__(self, go: str, seconds: float = 0.1):
+    def __init__(self, go: str, seconds: float = 0.2):
         self.go, self.seconds = Path(go), seconds
 
     def on_train_batch_start(self, *_: object) -> None:

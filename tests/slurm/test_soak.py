@@ -3,6 +3,7 @@
 The run's directory is a small disk of its own, which the test fills. Moments are random; SOAK=4 takes fewer of them.
 """
 
+import itertools
 import json
 import os
 import random
@@ -28,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=f"no Slurm: {missing()}"),
 ]
 
-STEPS, EVERY = 500, 10
+STEPS, EVERY = 400, 10
 FIT = ["--config", "tms", "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", str(STEPS // 100)]
 FIT += ["--data.steps_per_epoch", "100", "--model.init_samples", "200", "--model.swap_samples", "200"]
 FIT += ["--checkpoint.every_n_train_steps", str(EVERY), "--trainer.log_every_n_steps", "1"]
@@ -74,6 +75,8 @@ class Soak:
         self.cluster, self.run, self.job, self.log = cluster, run, job, log
         self.last, self.filler = run / "checkpoints/last.ckpt", run / "filler"
         self.random = random.Random(0)
+        self.nodes = itertools.cycle(cluster.nodes)  # whose power is cut; the job's script runs on the first
+        self.room_again = itertools.cycle((True, False))  # on a full disk, before anything else happens
         self.seen = 0  # characters of the log that were there before the present interruption
         self.lost = 0  # steps that had to be made again
 
@@ -180,7 +183,7 @@ class Soak:
         return f"the rank on {node}"
 
     def power_cut(self) -> str:
-        node = self.random.choice(list(self.cluster.nodes))
+        node = next(self.nodes)
         self.cluster.power_cut(node)
         wait_for("the node's failure", lambda: self.cluster.state(self.job) != "RUNNING", WAIT)
         self.cluster.node_up(node)
@@ -189,13 +192,13 @@ class Soak:
         return node
 
     def fill_the_disk(self) -> str:
-        """In half of the cases it goes on with more space; in the others a signal comes while there is none."""
+        """In turn: it goes on with more space; a signal comes while there is none."""
         self.fill()
         found = self.wait_until_said_filling(
             r"l3d: after step (\d+): checkpoint: \S+last.ckpt cannot be written "
             r"\(No space left on device on rank \d\); the one before it is kept; going on"
         )
-        if self.random.random() < 0.5:
+        if next(self.room_again):
             self.filler.unlink()
             again = self.wait_until_said(r"l3d: after step (\d+): checkpoints can be written again")
             return f"nothing saved after step {found[1]}, saved again after step {again[1]}"
