@@ -81,6 +81,7 @@ def test_a_probe_sees_what_is_there_and_nothing_where_nothing_is() -> None:
     assert probe(features, planted) > 0.99
     assert probe(features, planted + noise) == pytest.approx(0.5, abs=0.1)
     assert probe(features, noise) < 0.02
+    assert probe(features, planted[:, :1]) > 0.99
     assert probe(1e-6 * features, planted) == pytest.approx(probe(features, planted), abs=1e-4)
 
 

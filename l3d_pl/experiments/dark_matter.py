@@ -142,7 +142,7 @@ def probe(features: Tensor, targets: Tensor, folds: int = 5, seed: int = 0) -> f
     y, error = targets.double().numpy(), 0.0
     for train, test in KFold(folds, shuffle=True, random_state=seed).split(x):
         fitted = Ridge(alpha=1.0).fit(x[train], y[train])
-        error += float(np.square(y[test] - fitted.predict(x[test])).sum())
+        error += float(np.square(y[test] - fitted.predict(x[test]).reshape(y[test].shape)).sum())
     return 1 - error / float(np.square(y).sum())
 
 
@@ -232,18 +232,23 @@ def summarise(rows: pd.DataFrame) -> Summary:
     verdict: dict[str, Any] = {}
     for name, target in rows.groupby("target", sort=False):
         for column, text in AGAINST.items():
-            plain, partial = [], []
+            plain, partial, coded = [], [], []
             for _, fit in target.groupby("seed"):
                 fit = fit.dropna(subset=[column])
                 plain.append(rank_correlation(fit["dark"], fit[column]))
-                given = None if column == "energy" else fit["energy"]
-                partial.append(rank_correlation(fit["dark"], fit[column], given) if given is not None else math.nan)
+                some = fit[fit["active"] > 0]
+                if column == "energy":
+                    coded.append(rank_correlation(some["dark"], some[column]))
+                    continue
+                partial.append(rank_correlation(fit["dark"], fit[column], fit["energy"]))
+                coded.append(rank_correlation(some["dark"], some[column], some["energy"]))
             table.append(
                 {
                     "target": NAMES.get(str(name), name),
                     "dark share against": text,
                     "rank correlation": spread(plain, "{:.2f}"),
                     "with ‖g‖² taken out": spread(partial, "{:.2f}"),
+                    "so, among samples with a code": spread(coded, "{:.2f}"),
                     "sign the same in": f"{_same_sign(plain if column == 'energy' else partial)} seeds",
                     "median": float(target[column].median()),
                 }
