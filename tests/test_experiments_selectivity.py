@@ -68,10 +68,15 @@ def test_selectivity_of_a_planted_subnetwork_and_of_its_controls(planted: Decomp
 
 
 def test_the_gradient_control_turns_its_rows_one_way(planted: Decomposition) -> None:
-    inputs = torch.cat([torch.eye(5)[2:3], -torch.eye(5)[2:3]]).repeat(20, 1)
-    # References are the mean output, 0: every gradient is 2 f x^T, at (2, 2) only.
-    found = top_gradient(planted, 2, inputs, top=10)["weight"]
-    assert abs(float(found[2, 2])) == pytest.approx(1, abs=1e-4)
+    inputs = 3 + torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    gradients = 2 * torch.einsum("no,ni->noi", inputs - inputs.mean(0), inputs)  # of |x - mean|², f(x) = W x, W = 1
+    c = torch.einsum("noi,oi->n", gradients, planted.subnetworks.direction(2, side="in")["weight"])
+    most = sorted(range(60), key=lambda i: -abs(float(c[i])))[:30]
+    turned = sum(float(c[i]) < 0 for i in most)
+    assert 0 < turned < 30
+    wanted = sum(gradients[i] * c[i].sign() for i in most)
+    found = top_gradient(planted, 2, inputs, top=30)["weight"]
+    torch.testing.assert_close(found, wanted / wanted.norm(), rtol=1e-4, atol=1e-5)
 
 
 def test_own_and_others() -> None:
