@@ -157,7 +157,7 @@ def measure(strategy: str, ranks: int, steps: int) -> dict[str, float]:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
         if not out.exists():
-            raise SystemExit(f"{strategy} on {ranks} ranks failed:\n{done.stderr[-3000:]}")
+            raise SystemExit(f"{strategy} on {ranks} ranks failed, exit {done.returncode}:\n{done.stderr[-3000:]}")
         return json.loads(out.read_text())
 
 
@@ -176,15 +176,19 @@ def main() -> None:
     table = Table(
         "strategy", "ranks", "held, MiB", "formula", "peak, MiB", "sent, MiB a step", "formula", "CPU s a step"
     )
-    rows: list[dict[str, Any]] = []
     cases = [(strategy, ranks) for strategy in known.strategies for ranks in known.ranks]
-    for strategy, ranks in track(cases, "measuring"):
-        found, expected = measure(strategy, ranks, known.steps), formulas(strategy, ranks)
-        rows.append({"strategy": strategy, "ranks": ranks, "found": found, "formula": expected})
+    known.output.mkdir(parents=True, exist_ok=True)
+    with open(known.output / "scaling.jsonl", "w") as file:
+        measured = []
+        for strategy, ranks in track(cases, "measuring"):
+            measured.append((strategy, ranks, measure(strategy, ranks, known.steps), formulas(strategy, ranks)))
+            print(
+                json.dumps(dict(zip(("strategy", "ranks", "found", "formula"), measured[-1], strict=True))), file=file
+            )
+            file.flush()
+    for strategy, ranks, found, expected in measured:
         mib = [found["held"], expected["held"], found["peak"], found["sent"], expected["sent"]]
         table.add_row(strategy, str(ranks), *(f"{value / 2**20:.1f}" for value in mib), f"{found['seconds']:.2f}")
-    known.output.mkdir(parents=True, exist_ok=True)
-    (known.output / "scaling.json").write_text(json.dumps(rows, indent=2) + "\n")
     Console(width=130).print(table)
 
 

@@ -22,6 +22,7 @@ from l3d_pl.parallel import Ranks
 from l3d_pl.targets.toy import Autoencoder
 
 SAVED = 13
+LINEAR = torch.nn.functional.linear
 CASES: dict[str, dict[str, Any]] = {
     "everything": {
         "swap_every": 4,
@@ -117,6 +118,7 @@ def fit(strategy: str, n_ranks: int, case: str, write: Path | None = None, read:
     trainer = trainer_of(strategy, n_ranks, callbacks=[watch], **settings.pop("trainer"))
     found = module(**settings)
     trainer.fit(found, Data(16 // n_ranks), ckpt_path=read)
+    assert torch.nn.functional.linear is LINEAR  # what rules watch
     result: dict[str, Any] = {"losses": watch.losses, "bytes_held": watch.bytes_held - before}
     result["values"] = sum(parameter.numel() for parameter in found.parameters())
     if case != "memory":

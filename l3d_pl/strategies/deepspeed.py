@@ -141,6 +141,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.config["gradient_accumulation_steps"] = 1
         zero = self.config["zero_optimization"]  # a bucket for gradients is allocated, however few there are
         largest = max(parameter.numel() for parameter in self.model.parameters())
+        # DeepSpeed's own `linear` takes the place of torch's, and no gradient rule could see it: all would be slow.
+        zero["memory_efficient_linear"] = False
         zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], largest)
         module = self.model
         self._initialize_deepspeed_train(module)
