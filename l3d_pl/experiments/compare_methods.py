@@ -349,5 +349,5 @@ def draw(rows: pd.DataFrame) -> Figure:
     panels[0].set_yticks(range(len(METHODS)), METHODS)
     panels[0].invert_yaxis()
     panels[3].set_xscale("log")
-    panels[0].legend(frameon=False, fontsize=9, loc="lower right")
+    panels[0].legend(frameon=False, fontsize=9, loc="lower center")
     return figure
