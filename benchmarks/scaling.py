@@ -60,7 +60,7 @@ def formulas(strategy: str, ranks: int) -> dict[str, float]:
         return {"held": 6 * side, "sent": all_reduce}
     kept = {"1": 2 + 6 / ranks, "2": 2 + 6 / ranks, "3": 10 / ranks}[strategy[-1]]
     gathered = (ranks - 1) / ranks * 2 * side
-    # On gloo DeepSpeed sums gradients up by an all-reduce, on NCCL half of that. V is gathered after it, or twice within.
+    # On gloo DeepSpeed sums gradients up by an all-reduce, on NCCL by half of that. V is gathered after it, or twice.
     return {"held": kept * side, "sent": all_reduce + (2 if strategy[-1] == "3" else 1) * gathered}
 
 
