@@ -181,7 +181,12 @@ class L3DCLI(LightningCLI):
         add_threads_argument(parser)
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning looks for hyperparameters in the checkpoint here: ours hold none; damage is told of later."""
+        """Lightning looks for hyperparameters in the checkpoint here: ours hold none; damage is told of later.
+
+        Its type is `str | Path`, and typing's cache may have it the other way round: "last" would be a file then.
+        """
+        if path := self.config[self.config.subcommand].get("ckpt_path"):
+            self.config[self.config.subcommand].ckpt_path = str(path)
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]

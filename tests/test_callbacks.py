@@ -33,6 +33,7 @@ from l3d_pl.callbacks import (
 )
 from l3d_pl.checkpoints import AtomicCheckpointIO
 from l3d_pl.cli import main
+from l3d_pl.lightning_cli import L3DCLI
 from l3d_pl.targets.toy import TiedAutoencoder
 from l3d_pl.targets.training import save_target
 
@@ -338,6 +339,14 @@ def test_stopped_command_says_how_to_go_on(
     assert lines[0].startswith("l3d: SIGINT after step 1: saved ")
     _, command = lines[0].split("; go on with: l3d ")
     assert command == "fit --config 'a run/config.yaml' --ckpt_path last"
+    parse = L3DCLI.parse_arguments
+
+    def other_way_round(self: L3DCLI, *args: Any) -> None:
+        """Lightning's `str | Path` as typing's cache may give it: `Path | str`."""
+        parse(self, *args)
+        self.config.fit.ckpt_path = Path(self.config.fit.ckpt_path)
+
+    monkeypatch.setattr(L3DCLI, "parse_arguments", other_way_round)
     assert main(["fit", "--config", "a run/config.yaml", "--ckpt_path", "last"]) == 0
     assert torch.load("a run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 10
 
