@@ -72,7 +72,7 @@ class ResidualMLP(nn.Module):
     Parameters: `W_in` [features, hidden], `W_out` [hidden, features].
     """
 
-    def __init__(self, features: int = 10, hidden: int = 5) -> None:
+    def __init__(self, features: int = 10, hidden: int = 10) -> None:
         super().__init__()
         self.W_in = nn.Parameter(nn.init.xavier_normal_(torch.empty(features, hidden)))
         self.W_out = nn.Parameter(nn.init.xavier_normal_(torch.empty(hidden, features)))
