@@ -178,6 +178,6 @@ def test_every_toy_has_both_recipes() -> None:
     toys = {name for name in FITS if "/" not in name and read(name)["data"]["class_path"].endswith("ToyData")}
     assert toys == {"tms", "tms_40_10", "tmcs", "high_rank_30", "high_rank_25", "squared"}
     assert {name.removeprefix("paper/") for name in FITS if "/" in name} == toys
-    trained = toys | {"digits_cnn", "pydoc_lm"}
+    trained = toys | {"digits_cnn", "pydoc_lm", "pydoc_llama"}
     assert {name.removeprefix("targets/") for name in TARGETS if "/paper/" not in name} == trained
     assert {name.removeprefix("targets/paper/") for name in TARGETS if "/paper/" in name} == toys

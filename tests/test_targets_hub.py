@@ -22,7 +22,7 @@ from l3d_pl.errors import L3DError
 from l3d_pl.lightning_cli import missing_target, train_target
 from l3d_pl.targets.frozen import fingerprint, freeze, select_parameters
 from l3d_pl.targets.hub import image_classifier, language_model
-from l3d_pl.targets.language import gpt_neo, mean_loss, next_token_loss, ngram_losses
+from l3d_pl.targets.language import gpt_neo, llama, mean_loss, next_token_loss, ngram_losses
 from l3d_pl.targets.local import from_file
 from l3d_pl.targets.training import load_target, save_pretrained_target, save_target
 from l3d_pl.targets.vision import timm_model, torchvision_model
@@ -383,6 +383,24 @@ def test_missing_target_is_a_place_that_is_not_there(tmp_path: Path) -> None:
 def test_gpt_neo_refuses_what_it_cannot_be() -> None:
     assert refused(gpt_neo, width=10, heads=4) == "heads: found 4, allowed are divisors of width = 10"
     assert "layers: found 3" in refused(gpt_neo, layers=3)
+
+
+def test_llama_is_as_large_as_gpt_neo_and_reads_in_order() -> None:
+    size = {"vocabulary": 50, "width": 48, "layers": 2, "heads": 4, "context": 16}
+    own, neo = (model(**size).eval() for model in (llama, gpt_neo))
+    n_own, n_neo = (sum(p.numel() for p in model.parameters()) for model in (own, neo))
+    assert n_own == pytest.approx(n_neo, rel=0.03)
+    assert own.lm_head.weight is own.model.embed_tokens.weight
+    ids = torch.arange(12).unsqueeze(0)
+    changed = ids.clone()
+    changed[0, 8] = 40
+    same = torch.isclose(own(input_ids=ids).logits, own(input_ids=changed).logits, atol=1e-5).all(-1)[0]
+    assert same.tolist() == [True] * 8 + [False] * 4
+
+
+def test_llama_refuses_what_it_cannot_be() -> None:
+    assert refused(llama, width=10, heads=4) == "heads: found 4, allowed are divisors of width = 10"
+    assert "heads: found 4, allowed are those with width / heads even, width = 12" in refused(llama, width=12, heads=4)
 
 
 def test_saving_leaves_what_is_no_model_alone(tmp_path: Path) -> None:

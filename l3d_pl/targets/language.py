@@ -43,8 +43,7 @@ def gpt_neo(
         from transformers import GPTNeoConfig, GPTNeoForCausalLM
     except ImportError as error:
         raise L3DError("target gpt_neo: transformers is not installed; pip install 'l3d_pl[hub]'") from error
-    if width % heads:
-        raise L3DError(f"heads: found {heads}, allowed are divisors of width = {width}")
+    _require_heads(heads, width)
     if layers < 2 or layers % 2:
         raise L3DError(f"layers: found {layers}, allowed are even numbers >= 2")
     config = GPTNeoConfig(
@@ -66,6 +65,52 @@ def gpt_neo(
     # GPT-Neo's own 0.02 is for a width of 2,048; a narrow model would spend epochs on growing out of it.
     nn.init.normal_(model.transformer.wte.weight, std=width**-0.5)
     return model
+
+
+def llama(vocabulary: int = 2000, width: int = 128, layers: int = 4, heads: int = 4, context: int = 64) -> nn.Module:
+    """A Llama of transformers with random weights, as large as `gpt_neo` with the same settings.
+
+    Rotary positions, RMS norms, a gated MLP (of 8/3 the width: as many weights as GPT-Neo's), no biases, no dropout;
+    every layer attends globally, and the output head is the embedding.
+
+    Args:
+        vocabulary: number of token ids.
+        width: of the residual stream.
+        layers: number of blocks.
+        heads: of each attention, for keys too; the width of each is even (positions rotate pairs).
+        context: longest sequence.
+
+    Raises:
+        L3DError: transformers is missing; a width that the heads do not divide, or by an odd quotient.
+    """
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise L3DError("target llama: transformers is not installed; pip install 'l3d_pl[hub]'") from error
+    _require_heads(heads, width)
+    if width // heads % 2:
+        raise L3DError(f"heads: found {heads}, allowed are those with width / heads even, width = {width}")
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=round(8 * width / 3),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config)
+    nn.init.normal_(model.model.embed_tokens.weight, std=width**-0.5)  # (as in `gpt_neo`)
+    return model
+
+
+def _require_heads(heads: int, width: int) -> None:
+    if heads < 1 or width % heads:
+        raise L3DError(f"heads: found {heads}, allowed are divisors of width = {width}")
 
 
 def next_tokens(batch: Mapping[str, Tensor]) -> Tensor:
