@@ -7,6 +7,7 @@ EXPERIMENTS: dict[str, str] = {
     "steering": "l3d_pl.experiments.steering",
     "dynamics": "l3d_pl.experiments.dynamics",
     "completeness": "l3d_pl.experiments.completeness",
+    "transfer": "l3d_pl.experiments.transfer",
     "scaffolding": "l3d_pl.experiments.scaffolding",
     "dark_matter": "l3d_pl.experiments.dark_matter",
 }
