@@ -349,5 +349,5 @@ def draw(rows: pd.DataFrame) -> Figure:
     panels[0].set_yticks(range(len(METHODS)), METHODS)
     panels[0].invert_yaxis()
     panels[3].set_xscale("log")
-    panels[0].legend(frameon=False, fontsize=9, loc="lower center")
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=len(toys))
     return figure
