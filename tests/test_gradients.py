@@ -272,6 +272,22 @@ def test_check_refuses_models_that_mix_samples(model: nn.Module, shape: tuple[in
         extractor.check(x, extraction, index=2)
 
 
+def test_check_looks_at_the_sample_with_the_largest_gradient() -> None:
+    """Rounding is most of what is left of a gradient where the output is as its reference."""
+    model, x = freeze(nn.Linear(5, 3)), torch.randn(N, 5).sign()
+    references = model(x) + torch.tensor([1e-8, 1.0, 3.0, 2.0])[:, None]
+    extractor = GradientExtractor(model, select_parameters(model, "*"))
+    for sample in range(N):
+        extraction = extractor(x, references=references)
+        values = extraction.gradients["bias"].dense()
+        values[sample] += 1.0  # (of what was extracted: a bias gradient is kept dense)
+        if sample == 2:
+            with pytest.raises(L3DError, match="parameter 'bias': its gradient for sample 2"):
+                extractor.check(x, extraction)
+        else:
+            extractor.check(x, extraction)
+
+
 @pytest.mark.parametrize("is_trainable", [False, True])
 @pytest.mark.parametrize("name", ["tms", "squared", "batch-norm", "weight-norm"])
 def test_frozen_means_frozen(name: str, is_trainable: bool) -> None:

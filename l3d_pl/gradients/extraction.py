@@ -192,18 +192,25 @@ class GradientExtractor:
             f"no gradient rule covers these parameters, the slow per-sample oracle does: {listed}", stacklevel=4
         )
 
-    def check(self, batch: Any, extraction: Extraction, index: int = 0, tolerance: float | None = None) -> None:
+    def check(
+        self, batch: Any, extraction: Extraction, index: int | None = None, tolerance: float | None = None
+    ) -> None:
         """Compare sample `index` with plain autograd of that sample alone, and tell if they are not the same.
 
         What it catches: models that mix samples of a batch, or keep them in another dimension than the first.
 
         Args:
+            index: of the sample; None: the one with the largest gradient. (Where an output is as its reference, all but
+                nothing is left of the gradient, and rounding, which depends on the size of a batch, is most of that.)
             tolerance: of the difference's norm relative to the gradient's; default 1e-3, and 0.1 in half precision.
 
         Raises:
             L3DError: a parameter whose captured gradient differs, by name.
         """
         samples, references = extraction.samples, extraction.references
+        if index is None:
+            sizes = torch.stack([gradient.squared_norms() for gradient in extraction.gradients.values()]).sum(0)
+            index = int(sizes.nan_to_num(0, posinf=0).argmax())
         if tolerance is None:
             is_half = self.autocast is not None or any(wide(p) is not p for p in self.parameters.values())
             tolerance = 0.1 if is_half else 1e-3
