@@ -41,6 +41,7 @@ FITS = 2  # of each block and target
 DRAWS = 4  # of references that a held-out sample is compared with
 TOP, REST = 8, 24  # samples whose outputs a direction should move, and should not
 MOVED = 0.5  # mean Σ|Δ probability| of the top samples that makes a finite step
+BATCH = 128  # samples of a step: tokens, images
 LENGTH = 16  # tokens of a sequence that is decomposed
 HIDDEN = 64  # of both CNNs
 CHANNELS = {"cnn_2": (16, 32), "cnn_3": (8, 16, 32)}
@@ -81,7 +82,7 @@ class Settings:
 
     Args:
         n_subnetworks, k, rank: of every decomposition; the rank is a share of each dimension.
-        fit_steps: of 256 samples each.
+        fit_steps: of `BATCH` samples each.
         width, layers, vocabulary: of both language models.
         text_steps: their training, of 512 tokens each.
         image_epochs: training of both CNNs.
@@ -93,15 +94,15 @@ class Settings:
     n_subnetworks: int = 50
     k: float = 0.1
     rank: float = 0.1
-    fit_steps: int = 120
+    fit_steps: int = 80
     width: int = 64
     layers: int = 4
     vocabulary: int = 1000
-    text_steps: int = 800
+    text_steps: int = 700
     image_epochs: int = 20
     samples: int = 320
-    directions: int = 10
-    random: int = 2
+    directions: int = 8
+    random: int = 1
 
 
 TINY = {
@@ -175,10 +176,12 @@ def _train(name: str, settings: Settings, seed: int, path: Path) -> None:
 
 
 def data_of(target: str, settings: Settings, seed: int) -> TextData | DigitsData:
-    """What a target is decomposed on, 256 samples in a batch."""
+    """What a target is decomposed on, `BATCH` samples at a time."""
     if target in TEXT:
-        return TextData(vocabulary=settings.vocabulary, length=LENGTH, batch_size=256 // LENGTH, n_val=None, seed=seed)
-    return DigitsData(batch_size=256, seed=seed)
+        return TextData(
+            vocabulary=settings.vocabulary, length=LENGTH, batch_size=BATCH // LENGTH, n_val=None, seed=seed
+        )
+    return DigitsData(batch_size=BATCH, seed=seed)
 
 
 def held_out(data: TextData | DigitsData, n: int) -> Batch:
@@ -328,7 +331,7 @@ def directions_of(
         (v, _pick(batch, measured[chosen(strengths, random)[:TOP]]))
         for _, control, v, strengths in directions
         if control == "subnetwork"
-    ]
+    ][:4]
     step = natural_scale(found, looks, MOVED) if looks else 0.0
     rows = []
     for k, control, direction, strengths in directions:
