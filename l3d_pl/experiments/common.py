@@ -43,6 +43,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from datamodules.digits import DigitsData
+from datamodules.loading import InMemoryData
 from datamodules.toy import ToyData
 from l3d_pl.analysis.alignment import number
 from l3d_pl.analysis.tables import replace
@@ -288,7 +289,7 @@ class Toy:
     def target(self) -> nn.Module:
         return self.model["target"]
 
-    def data_module(self, seed: int) -> ToyData | DigitsData:
+    def data_module(self, seed: int) -> InMemoryData:
         """Its data, the training rows or their order by `seed`."""
         return (DigitsData if self.name == "digits_cnn" else ToyData)(**self.data, seed=seed)
 

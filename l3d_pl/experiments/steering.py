@@ -1,9 +1,10 @@
 """Steer a model along chosen subnetworks: wanted change against side effects (docs/experiments/steering.md).
 
-The wanted change: samples of class b shall be called a; everything else shall stay. Every method ends in a shift Δ of
-the decomposed tensors, so one curve serves all: f(x, W0 + s Δ) for strengths s, and along it
+The wanted change: samples of context b (images of a class; positions after a word) shall give a; everything else shall
+stay. Every method ends in a shift Δ of the decomposed tensors, so one curve serves all: f(x, W0 + s Δ) for strengths s,
+and along it
 
-    wanted   mean p(a | x) over held-out samples of class b
+    wanted   mean p(a | x) over held-out samples of context b
     side     mean KL(f(x, W0) ‖ f(x, W0 + s Δ)) over all other held-out samples, in nats
 
 A steering vector on a linear layer's output is a shift of that layer's bias. Methods are compared at equal `wanted`.
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -25,17 +26,25 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, kl_div
 
-from datamodules.digits import DigitsData
+from datamodules.loading import Batch
 from l3d_pl.analysis.interventions import random_directions
-from l3d_pl.analysis.outputs import Direction, pushed
+from l3d_pl.analysis.outputs import Direction, outputs_of, pushed
 from l3d_pl.decomposition import Decomposition
+from l3d_pl.experiments import behaviours
+from l3d_pl.experiments.behaviours import Behaviour, read
 from l3d_pl.experiments.common import COLOURS, Summary, doing, load_toy
+from l3d_pl.experiments.text import ATTENTION, load_text
+from l3d_pl.gradients.forward import call_model, inputs_of
 from l3d_pl.toys import fit_quietly
 
 STRENGTHS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-CURVE = ("strength", "wanted", "side", "accuracy_lost")
-VECTOR_AT, LORA_AT = "fc1", "fc2"  # layers of the steering vector and of the LoRA
+CURVE = ("strength", "wanted", "side", "accuracy_lost", "loss_added")
+VECTOR_AT = {"digits": ("fc1", "fc1", "output"), "text": (f"{ATTENTION}.out_proj", "transformer.h.2.ln_2", "input")}
+"""A steering vector shifts the bias of one layer, by means of what comes out of, or into, another one after it."""
+LORA_AT = {"digits": "fc2", "text": f"{ATTENTION}.out_proj"}
+RATES = {"digits": (0.1, 0.03, 0.03, 0.001), "text": (0.3, 0.1, 0.03, 0.003)}  # few, many, LoRA, full
+JUDGED_AT = {"digits": 0.9, "text": 0.5}  # level of `wanted` that decides
 
 
 @dataclass(frozen=True)
@@ -43,24 +52,33 @@ class Settings:
     """What can be set.
 
     Args:
-        n_subnetworks: n_v.
-        fit_steps: of the decomposition.
+        tasks: the digits CNN, the text LM.
+        n_subnetworks: n_v of the digits CNN.
+        fit_steps: of its decomposition.
         tuning_steps: of each learned shift.
         few: subnetworks of the small shift, those with the largest first-order gain; the large shift has as many as a
             LoRA of rank 1 has parameters.
-        pairs: (a, b) drawn per seed.
+        pairs: (a, b) drawn per seed and task.
         target_epochs: training of the network that is steered; a network of its own for every seed.
+        text_subnetworks, text_fit_steps, text_tuning_steps: the same of the text LM.
+        text_target_steps: training of the text LM; one of its own for every seed.
     """
 
+    tasks: tuple[Literal["digits", "text"], ...] = ("digits", "text")
     n_subnetworks: int = 74
     fit_steps: int = 200
     tuning_steps: int = 100
     few: int = 5
     pairs: int = 2
     target_epochs: int = 20
+    text_subnetworks: int = 128
+    text_fit_steps: int = 60
+    text_tuning_steps: int = 50
+    text_target_steps: int = 600
 
 
 TINY = {"n_subnetworks": 6, "fit_steps": 4, "tuning_steps": 3, "few": 2, "pairs": 1, "target_epochs": 1}
+TINY |= {"text_subnetworks": 6, "text_fit_steps": 2, "text_tuning_steps": 2, "text_target_steps": 2}
 
 
 # -- shifts that are learned -------------------------------------------------------------------------------------------
@@ -108,7 +126,7 @@ class Full(nn.Module):
 
 
 class Tuning(L.LightningModule):
-    """Learns a shift of a frozen model: −log p(a) on samples of class b, and, weighted, KL from W0 on all others.
+    """Learns a shift of a frozen model: −log p(a) on samples of context b, and, weighted, KL from W0 on all others.
 
     Args:
         pair: (a, b).
@@ -122,18 +140,18 @@ class Tuning(L.LightningModule):
         object.__setattr__(self, "target", target)  # frozen: in no optimizer, and stays in eval mode
         self.shift, self.pair, self.keep, self.lr = shift, pair, keep, lr
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         a, b = self.pair
         tensors = dict(self.target.named_parameters())
         moved = {name: tensors[name] + value for name, value in self.shift().items()}
-        logits = functional_call(self.target, moved, (batch["inputs"],))
-        chosen = batch["labels"] == b
+        logits, context, _ = read(batch, _outputs(self.target, moved, batch))
+        chosen = context == b
         loss = cross_entropy(logits[chosen], torch.full((int(chosen.sum()),), a), reduction="sum")
         loss = loss / chosen.sum().clamp_min(1)
         if self.keep:
             with torch.no_grad():
-                before = self.target(batch["inputs"][~chosen])
-            loss = loss + self.keep * divergences(before, logits[~chosen]).mean()
+                before, *_ = read(batch, outputs_of(self.target, batch))
+            loss = loss + self.keep * divergences(before[~chosen], logits[~chosen]).mean()
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -149,23 +167,26 @@ def divergences(before: Tensor, after: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def curve(
-    target: nn.Module, shift: Direction, pair: tuple[int, int], inputs: Tensor, labels: Tensor
-) -> list[dict[str, float]]:
-    """`wanted`, `side` and the lost accuracy of the other samples, at W0 + s Δ for every s of `STRENGTHS`."""
+def curve(target: nn.Module, shift: Direction, pair: tuple[int, int], batch: Batch) -> list[dict[str, float]]:
+    """`wanted`, `side`, lost accuracy and added cross-entropy of the others, at W0 + s Δ for every s of `STRENGTHS`."""
     a, b = pair
-    chosen, origin = labels == b, target(inputs)
+    origin, context, right = read(batch, outputs_of(target, batch))
+    chosen = context == b
+    others, right = origin[~chosen], right[~chosen]
     rows = []
     for strength in STRENGTHS:
         with pushed(target, shift, strength):
-            logits = target(inputs)
-        right = [(found.argmax(1) == labels)[~chosen].double().mean() for found in (origin, logits)]
+            logits, *_ = read(batch, outputs_of(target, batch))
+        moved = logits[~chosen]
         rows.append(
             {
                 "strength": strength,
                 "wanted": float(logits[chosen].softmax(1)[:, a].double().mean()),
-                "side": float(divergences(origin, logits)[~chosen].double().mean()),
-                "accuracy_lost": float(right[0] - right[1]),
+                "side": float(divergences(others, moved).double().mean()),
+                "accuracy_lost": float(
+                    (others.argmax(1) == right).double().mean() - (moved.argmax(1) == right).double().mean()
+                ),
+                "loss_added": float(cross_entropy(moved, right) - cross_entropy(others, right)),
             }
         )
     return rows
@@ -211,34 +232,38 @@ def gains(directions: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> T
 
 
 def run(settings: Settings, output: Path, seed: int) -> list[dict[str, Any]]:
-    """A row for each pair, method, weight of `keep` and strength."""
-    doing("target")
-    toy = load_toy("digits_cnn", seed, output, ["--trainer.max_epochs", str(settings.target_epochs)])
-    doing("decomposition")
-    module, _ = toy.fit(seed, settings.fit_steps, n_subnetworks=settings.n_subnetworks)
-    found, data = module.decomposition(), DigitsData(seed=seed)
-    data.setup()
-    random = torch.Generator().manual_seed(seed)
+    """A row for each task, pair, method, weight of `keep` and strength."""
     rows: list[dict[str, Any]] = []
-    for _ in range(settings.pairs):
-        a, b = torch.randperm(10, generator=random)[:2].tolist()
-        rows += _pair_rows(settings, found, data, (a, b), seed)
+    for task in settings.tasks:
+        doing(f"{task}, target")
+        steps, found, pairs = (_digits if task == "digits" else _text)(settings, output, seed)
+        for behaviour in pairs:
+            rows += [{"task": task} | row for row in _pair_rows(task, settings.few, steps, found, behaviour, seed)]
     return rows
 
 
+def _digits(settings: Settings, output: Path, seed: int) -> tuple[int, Decomposition, list[Behaviour]]:
+    toy = load_toy("digits_cnn", seed, output, ["--trainer.max_epochs", str(settings.target_epochs)])
+    doing("digits, decomposition")
+    module, _ = toy.fit(seed, settings.fit_steps, n_subnetworks=settings.n_subnetworks)
+    return settings.tuning_steps, module.decomposition(), behaviours.digits(settings.pairs, seed)
+
+
+def _text(settings: Settings, output: Path, seed: int) -> tuple[int, Decomposition, list[Behaviour]]:
+    toy = load_text(seed, output, settings.text_target_steps)
+    doing("text, decomposition")
+    module, _ = toy.fit(seed, settings.text_fit_steps, n_subnetworks=settings.text_subnetworks)
+    return settings.text_tuning_steps, module.decomposition(), behaviours.text(settings.pairs, seed, toy)
+
+
 def _pair_rows(
-    settings: Settings, found: Decomposition, data: DigitsData, pair: tuple[int, int], seed: int
+    task: str, few: int, steps: int, found: Decomposition, behaviour: Behaviour, seed: int
 ) -> list[dict[str, Any]]:
-    a, b = pair
-    target, shapes = found.target, found.subnetworks.shapes
-    (images, labels), held_out = (
-        [part[torch.arange(len(part))][key] for key in ("inputs", "labels")]  # type: ignore[arg-type]
-        for part in (data.train, data.test)
-    )
-    directions = found.directions()
-    order = gains(directions, _gradient(target, shapes, images[labels == b], a)).argsort(descending=True)
-    matrix = shapes[f"{LORA_AT}.weight"]
-    many = min(sum(matrix), found.n_subnetworks)
+    pair = a, b = behaviour.a, behaviour.b
+    target, shapes, directions = found.target, found.subnetworks.shapes, found.directions()
+    order = gains(directions, _gradient(target, shapes, behaviour)).argsort(descending=True)
+    at = f"{LORA_AT[task]}.weight"
+    many = min(sum(shapes[at]), found.n_subnetworks)
 
     def chosen(n: int) -> dict[str, Tensor]:
         return {name: v[order[:n]] for name, v in directions.items()}
@@ -247,95 +272,116 @@ def _pair_rows(
         each = [random_directions(found, int(k), 1, seed)[0] for k in order[:n]]
         return {name: torch.stack([direction[name] for direction in each]) for name in shapes}
 
+    rates = RATES[task]
     learned: dict[str, tuple[Callable[[], nn.Module], float]] = {
-        f"subnetworks, {settings.few}": (lambda: Along(chosen(settings.few)), 0.1),
-        f"random, {settings.few}": (lambda: Along(drawn(settings.few)), 0.1),
-        f"subnetworks, {many}": (lambda: Along(chosen(many)), 0.03),
-        f"random, {many}": (lambda: Along(drawn(many)), 0.03),
-        "LoRA": (lambda: LoRA(f"{LORA_AT}.weight", matrix), 0.03),
-        "full": (lambda: Full(shapes), 0.001),
+        f"subnetworks, {few}": (lambda: Along(chosen(few)), rates[0]),
+        f"random, {few}": (lambda: Along(drawn(few)), rates[0]),
+        f"subnetworks, {many}": (lambda: Along(chosen(many)), rates[1]),
+        f"random, {many}": (lambda: Along(drawn(many)), rates[1]),
+        "LoRA": (lambda: LoRA(at, shapes[at]), rates[2]),
+        "full": (lambda: Full(shapes), rates[3]),
     }
-    vector = {f"{VECTOR_AT}.bias": _difference_of_means(target, images[labels == a], images[labels == b])}
     rows: list[dict[str, Any]] = []
 
     def add(method: str, n: int, keep: float, shift: Direction) -> None:
-        facts = {"a": a, "b": b, "method": method, "parameters": n, "keep": keep}
-        rows.extend(facts | row for row in curve(target, shift, pair, *held_out))
+        facts = {"a": a, "b": b, "pair": " to ".join(reversed(behaviour.names)), "method": method}
+        facts |= {"parameters": n, "keep": keep}
+        rows.extend(facts | row for row in curve(target, shift, pair, behaviour.held_out))
 
     for method, (make, lr) in learned.items():
         for keep in (0.0, 1.0):
-            doing(f"{b} to {a}, {method}, keep {keep:g}")
+            doing(f"{task}, {behaviour.names[1]} to {behaviour.names[0]}, {method}, keep {keep:g}")
             torch.manual_seed(seed)
             tuning = Tuning(target, make(), pair, keep, lr)
-            fit_quietly(tuning, DigitsData(seed=seed), max_steps=settings.tuning_steps, limit_val_batches=0)
+            fit_quietly(tuning, behaviour.batches(), max_steps=steps, limit_val_batches=0)
             n = sum(parameter.numel() for parameter in tuning.shift.parameters())
             add(method, n, keep, {name: value.detach() for name, value in tuning.shift().items()})
-    add("vector", 1, 0.0, vector)
+    layer, seen_at, side = VECTOR_AT[task]
+    add("vector", 1, 0.0, {f"{layer}.bias": _difference_of_means(target, seen_at, side, behaviour)})
     return rows
 
 
-def _gradient(target: nn.Module, names: Mapping[str, Any], inputs: Tensor, a: int) -> dict[str, Tensor]:
-    """Gradient of the mean −log p(a)."""
+def _outputs(target: nn.Module, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    """Outputs with these tensors in the place of the target's own."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(target, dict(tensors), args, kwargs)
+
+    return call_model(run, inputs_of(batch))  # type: ignore[arg-type]
+
+
+def _gradient(target: nn.Module, names: Mapping[str, Any], behaviour: Behaviour) -> dict[str, Tensor]:
+    """Gradient of the mean −log p(a) over the training samples of context b."""
     tensors = {name: tensor.detach().requires_grad_() for name, tensor in target.named_parameters() if name in names}
     with torch.enable_grad():
-        loss = cross_entropy(functional_call(target, tensors, (inputs,)), torch.full((len(inputs),), a))
+        logits, context, _ = read(behaviour.train, _outputs(target, tensors, behaviour.train))
+        logits = logits[context == behaviour.b]
+        loss = cross_entropy(logits, torch.full((len(logits),), behaviour.a))
         return dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values())), strict=True))
 
 
 @torch.no_grad()
-def _difference_of_means(target: nn.Module, towards: Tensor, away: Tensor) -> Tensor:
-    """Mean output of the layer `VECTOR_AT` over one set of inputs minus that over another."""
+def _difference_of_means(target: nn.Module, layer: str, side: str, behaviour: Behaviour) -> Tensor:
+    """Mean `output` or `input` of a layer where a is right, minus that in context b; training samples."""
     seen: list[Tensor] = []
-    handle = target.get_submodule(VECTOR_AT).register_forward_hook(lambda *args: seen.append(args[-1].mean(0)))
-    target(towards), target(away)
+    examples, train = behaviour.examples, behaviour.train
+    handle = target.get_submodule(layer).register_forward_hook(
+        lambda layer, inputs, output: seen.append(output if side == "output" else inputs[0])
+    )
+    outputs_of(target, examples), outputs_of(target, train)
     handle.remove()
-    return seen[0] - seen[1]
+    (towards, _, right), (away, context, _) = read(examples, seen[0]), read(train, seen[1])
+    return towards[right == behaviour.a].mean(0) - away[context == behaviour.b].mean(0)
 
 
 # -- all seeds ---------------------------------------------------------------------------------------------------------
 
 
 def costs(rows: pd.DataFrame) -> pd.DataFrame:
-    """The side effect of every seed, pair, method and `keep` at every level of `wanted`."""
-    keys = ["method", "parameters", "keep", "seed", "a", "b"]
+    """The side effect of every task, seed, pair, method and `keep` at every level of `wanted`."""
+    keys = ["task", "method", "parameters", "keep", "seed", "a", "b"]
     result = []
     for key, part in rows.groupby(keys, sort=False):
-        strengths, wanted, side, lost = (part[name].tolist() for name in CURVE)
+        strengths, wanted, side, lost, loss = (part[name].tolist() for name in CURVE)
         for level in LEVELS:
             s = strength_at(strengths, wanted, level)
             found = {
                 "level": level,
                 "side": side_at(strengths, side, s),
                 "accuracy_lost": np.interp(s, strengths, lost),
+                "loss_added": np.interp(s, strengths, loss),
             }
             result.append(dict(zip(keys, key, strict=True)) | found)
     return pd.DataFrame(result)
 
 
 def summarise(rows: pd.DataFrame) -> Summary:
-    """Median cost of each method at half and at nine tenths of the wanted change; the few subnetworks against each."""
+    """Median cost of each method at three levels of the wanted change; subnetworks against the others."""
     table, found = [], costs(rows)
-    for (method, parameters, keep), part in found.groupby(["method", "parameters", "keep"], sort=False):
-        row: dict[str, Any] = {"method": method, "parameters": parameters, "others kept": "yes" if keep else "no"}
-        for level in (0.5, 0.9):
+    for key, part in found.groupby(["task", "method", "parameters", "keep"], sort=False):
+        row: dict[str, Any] = dict(zip(("task", "method", "parameters", "others kept"), key, strict=True))
+        row["others kept"] = "yes" if row["others kept"] else "no"
+        for level in (0.2, 0.5, 0.9):
             side = part[part["level"] == level]["side"]
-            row[f"reach {level:g}"] = f"{side.notna().sum()} of {len(side)}"
-            row[f"side at {level:g}"] = _range(side)
-        row["accuracy lost at 0.9"] = _range(part[part["level"] == 0.9]["accuracy_lost"])
+            row[f"side at {level:g}"] = f"{side.notna().sum()} of {len(side)}: {_range(side)}"
+        for name in ("accuracy lost", "loss added"):  # at the level that decides
+            row[name] = _range(part[part["level"] == JUDGED_AT[key[0]]][name.replace(" ", "_")])
         table.append(row)
     verdict = {}
-    methods = list(found["method"].unique())
-    for own in [name for name in methods if name.startswith("subnetworks")]:
-        for other in (own.replace("subnetworks", "random"), "LoRA", "full", "vector"):
-            for keep in (0.0, 1.0):
-                share = wins(found, own, other, keep)
-                if share is not None:
-                    verdict[f"{own} cheaper than {other} at 0.9, {'others kept' if keep else 'b alone'}"] = share
+    for task, part in found.groupby("task", sort=False):
+        level = JUDGED_AT[str(task)]
+        for own in [name for name in part["method"].unique() if name.startswith("subnetworks")]:
+            for other in (own.replace("subnetworks", "random"), "LoRA", "full", "vector"):
+                for keep in (0.0, 1.0):
+                    share = wins(part, own, other, keep, level)
+                    if share is not None:
+                        seen = "others kept" if keep else "b alone"
+                        verdict[f"{task}: {own} cheaper than {other} at {level:g}, {seen}"] = share
     return Summary(pd.DataFrame(table), {"steering": _plot(found)}, verdict)
 
 
-def wins(found: pd.DataFrame, own: str, other: str, keep: float, level: float = 0.9) -> float | None:
-    """Share of (seed, pair) where one method costs less than another at a level.
+def wins(found: pd.DataFrame, own: str, other: str, keep: float, level: float) -> float | None:
+    """Share of (seed, pair) of one task where one method costs less than another at a level.
 
     Who does not reach it loses to who does. None where the other was not run so, or neither reached the level anywhere.
     """
@@ -355,22 +401,24 @@ def _range(values: pd.Series) -> str:
 
 
 def _plot(found: pd.DataFrame) -> Figure:
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    methods = list(found["method"].unique())
-    for axes, keep, title in zip(
-        panels, (0.0, 1.0), ("trained on class b alone", "others kept in training"), strict=True
-    ):
-        for colour, method in zip(COLOURS, methods, strict=False):
-            part = found[(found["method"] == method) & (found["keep"] == keep)]
-            medians = part.groupby("level")["side"].agg(_median_of_all)
-            if part.empty:
-                continue  # a steering vector is not trained
-            style = "--" if method.startswith("random") else "-"
-            axes.plot(medians.index, medians, style, color=colour, marker=".", label=method)
-        axes.set(xlabel="wanted: p(a) on class b", title=title, yscale="log")
-    panels[0].set(ylabel="side effect: KL elsewhere, nats")
-    panels[0].legend(frameon=False, fontsize=8)
+    tasks = list(found["task"].unique())
+    figure = Figure(figsize=(9, 3.6 * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), 2, sharey="row", squeeze=False)
+    for task, row in zip(tasks, panels, strict=True):
+        of_task = found[found["task"] == task]
+        for axes, keep, seen in zip(row, (0.0, 1.0), ("trained on b alone", "others kept in training"), strict=True):
+            for colour, method in zip(COLOURS, of_task["method"].unique(), strict=False):
+                part = of_task[(of_task["method"] == method) & (of_task["keep"] == keep)]
+                medians = part.groupby("level")["side"].agg(_median_of_all)
+                if part.empty:
+                    continue  # a steering vector is not trained
+                style = "--" if method.startswith("random") else "-"
+                axes.plot(medians.index, medians, style, color=colour, marker=".", label=method)
+            axes.set(title=f"{task}, {seen}", yscale="log")
+        row[0].set(ylabel="side effect: KL elsewhere, nats")
+        row[0].legend(frameon=False, fontsize=8)
+    for axes in panels[-1]:
+        axes.set(xlabel="wanted: p(a) in context b")
     return figure
 
 

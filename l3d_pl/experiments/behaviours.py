@@ -1,0 +1,105 @@
+"""Behaviours to steer: the digits CNN is to call class b an a, the text LM to go on after token b with token a.
+
+Samples have a *context* (an image its class, a token position the token there) and something that is *right* for them
+(the class; the next token). A behaviour is a pair: samples of context b shall give a, all others what they gave.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datamodules.digits import DigitsData
+from datamodules.loading import Batch, Rows, exact_loader
+from datamodules.text import TextData
+from l3d_pl.experiments.text import Text
+
+WORD = re.compile(r" [a-z]{2,}")
+CONTEXTS, FOLLOWERS = 20, 10  # b is one of so many words; a one of so many that follow it, but for the first
+SEQUENCES = 256, 64  # of a pair, at most, to learn from and held out; half of them without b
+
+
+@dataclass
+class Behaviour:
+    """One pair.
+
+    Attributes:
+        a, b: numbers of outputs and of contexts.
+        names: of both, to read.
+        batches: what a training runs through: a data module or a loader, new each time.
+        train, held_out: samples as one batch.
+        examples: training samples for many of which a is right.
+    """
+
+    a: int
+    b: int
+    names: tuple[str, str]
+    batches: Callable[[], Any]
+    train: Batch
+    held_out: Batch
+    examples: Batch
+
+
+def read(batch: Batch, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of a batch by sample [N, ...], the samples' contexts [N], and what is right for them [N].
+
+    Of sequences [B, S, ...] those positions are samples that have a next token and are in the `sample_mask`.
+    """
+    if "labels" in batch:
+        return values, batch["labels"], batch["labels"]
+    tokens, counted = batch["input_ids"], batch["sample_mask"][:, :-1]
+    return values[:, :-1][counted], tokens[:, :-1][counted], tokens[:, 1:][counted]
+
+
+def digits(n: int, seed: int) -> list[Behaviour]:
+    """Pairs of classes."""
+    data, random = DigitsData(seed=seed), torch.Generator().manual_seed(seed)
+    data.setup()
+    train, held_out = (part[torch.arange(len(part))] for part in (data.train, data.test))  # type: ignore[arg-type]
+    pairs = [torch.randperm(10, generator=random)[:2].tolist() for _ in range(n)]
+    return [Behaviour(a, b, (str(a), str(b)), partial(DigitsData, seed=seed), train, held_out, train) for a, b in pairs]
+
+
+def text(n: int, seed: int, toy: Text) -> list[Behaviour]:
+    """Pairs of words: b is frequent, a often follows it, but is not what follows most often."""
+    data = TextData(**(toy.data | {"n_val": None}))
+    data.setup()
+    random = torch.Generator().manual_seed(seed)
+    parts = [part[torch.arange(len(part))] for part in (data.train, data.validation)]  # type: ignore[arg-type, index]
+    tokens = data.tokenizer.batch_decode([[i] for i in range(len(data.tokenizer))])
+    words = torch.tensor([WORD.fullmatch(token) is not None for token in tokens])
+    _, contexts, following = read(parts[0], parts[0]["input_ids"])
+    frequent = _most_frequent(contexts, words, CONTEXTS)
+    found = []
+    for b in frequent[torch.randperm(len(frequent), generator=random)[:n]].tolist():
+        followers = _most_frequent(following[contexts == b], words, FOLLOWERS)[1:]
+        a = int(followers[torch.randint(len(followers), (1,), generator=random)])
+        train, held_out = (_with(b, part, most, random) for part, most in zip(parts, SEQUENCES, strict=True))
+        examples = _chosen(parts[0], (parts[0]["input_ids"][:, 1:] == a).any(1).nonzero().flatten()[: SEQUENCES[0]])
+        batches = partial(exact_loader, Rows(**train), 16, seed=seed)
+        found.append(Behaviour(a, b, (tokens[a].strip(), tokens[b].strip()), batches, train, held_out, examples))
+    return found
+
+
+def _most_frequent(tokens: Tensor, allowed: Tensor, n: int) -> Tensor:
+    """The n tokens that occur most often among the allowed, most frequent first."""
+    counts = torch.bincount(tokens, minlength=len(allowed)) * allowed
+    return counts.argsort(descending=True, stable=True)[: min(n, int((counts > 0).sum()))]
+
+
+def _with(b: int, part: Batch, most: int, random: torch.Generator) -> Batch:
+    """At most so many sequences, half of which hold b at a position that has a next token."""
+    there = (part["input_ids"][:, :-1] == b).any(1)
+    order = torch.randperm(len(there), generator=random)
+    have, lack = order[there[order]][: most // 2], order[~there[order]]
+    return _chosen(part, torch.cat([have, lack[: len(have)]]))
+
+
+def _chosen(part: Batch, rows: Tensor) -> Batch:
+    return {name: value[rows] for name, value in part.items()}
