@@ -41,6 +41,7 @@ from torch import nn
 from datamodules.loading import InMemoryData, Rows
 from l3d_pl import L3D
 from l3d_pl.parallel import Ranks
+from l3d_pl.toys import quiet_trainer
 
 WIDTH, LAYERS, N_V, RANK, SAMPLES = 1024, 3, 600, 2, 64
 STRATEGIES = ("ddp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
@@ -121,19 +122,11 @@ def worker(strategy: str, ranks: int, steps: int, out: str) -> None:
     data, meter = Data(SAMPLES // ranks, seed=0), Meter(steps)
     data.setup()
     before, started = bytes_held(), resident_peak()
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         devices=ranks,
         strategy=strategy if ranks > 1 or strategy != "ddp" else "auto",
         max_steps=meter.last,
         limit_val_batches=0,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        inference_mode=False,
         callbacks=[meter],
     )
     module = L3D(target, "*", N_V, ranks=RANK, init="random", swap_every=0, k_start=1.0, seed=0)

@@ -105,7 +105,7 @@ class SaveRunConfig(SaveConfigCallback):
             path = Path(trainer.default_root_dir, "config.yaml")
             path.parent.mkdir(parents=True, exist_ok=True)
             aside = path.with_name(".config.yaml.writing")
-            aside.write_text(self.parser.dump(self.config, skip_none=False))
+            aside.write_text(self.parser.dump(self.config, skip_unset=False))
             os.replace(aside, path)
 
 
@@ -230,7 +230,7 @@ class L3DCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        self.model.run_config = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+        self.model.run_config = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False))
 
     def fit(self, model: L3D, **kwargs: Any) -> None:
         """`Trainer.fit`, with the line that says how a stopped run goes on."""
@@ -321,7 +321,8 @@ class PlanCLI(ParamsCLI):
         parser.add_argument("--json", action="store_true", help="print one JSON object")
 
     def before_instantiate_classes(self) -> None:
-        from l3d_pl.plan import World, untrained_on_meta
+        from l3d_pl.plan.shapes import untrained_on_meta
+        from l3d_pl.plan.strategies import World
 
         config = self.config["fit"]
         self.world = World(config.nodes, config.gpus, config.memory, config.trainer.accelerator != "cpu")
@@ -341,7 +342,7 @@ class PlanCLI(ParamsCLI):
             START_LATER.reset(token)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        from l3d_pl.plan import run_plan
+        from l3d_pl.plan.report import run_plan
 
         if self.datamodule is None:
             raise L3DError("data: found none; a plan needs the size of a batch")

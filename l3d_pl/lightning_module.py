@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from l3d_pl.auxiliary import auxiliary_loss
 from l3d_pl.batch_topk import RunningThreshold, batch_topk, check_k
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.divergence import REFERENCES, Divergence
@@ -27,17 +26,10 @@ from l3d_pl.initialisation import start_from_gradients
 from l3d_pl.metrics import Activity, Reconstruction
 from l3d_pl.parallel import ALONE, Ranks
 from l3d_pl.repair import Anchor, candidates, replace, scale_readers, state_of, swap
-from l3d_pl.sharded import (
-    auxiliary_loss_sharded,
-    decompose_sharded,
-    errors_sharded,
-    reconstruct_sharded,
-    share_gradients,
-)
-from l3d_pl.step import Step, decompose
+from l3d_pl.sharded import auxiliary_loss, decompose, loss_per_parameter, reconstruct, share_gradients
+from l3d_pl.step import Step
 from l3d_pl.strategies import register, writable_parameters, zero_optimizer_state
 from l3d_pl.subnetworks import Prepared, Subnetworks
-from l3d_pl.subnetworks import Reconstruction as Residual
 from l3d_pl.targets.frozen import fingerprint, freeze, select_parameters, shard
 from l3d_pl.targets.training import load_target
 from l3d_pl.tucker import local
@@ -214,14 +206,12 @@ class L3D(L.LightningModule):
         prepared = self._prepare(extraction, batch, batch_idx, count=True)
         if prepared is None:
             return None
-        sharded = self.subnetworks.group.size > 1
-        step = (decompose_sharded if sharded else decompose)(self.subnetworks, prepared, self.current_k(), self._ranks)
+        step = decompose(self.subnetworks, prepared, self.current_k(), self._ranks)
         loss = step.loss.sum()  # restarts share no parameters: the gradient of the sum is that of each
         self._count(step)
         if self.aux_coefficient:
-            auxiliary = (auxiliary_loss_sharded if sharded else auxiliary_loss)(
-                self.subnetworks, prepared, step, self.dead(), min(1.0, 2 * self.k), self._ranks
-            )
+            share = min(1.0, 2 * self.k)
+            auxiliary = auxiliary_loss(self.subnetworks, prepared, step, self.dead(), share, self._ranks)
             if auxiliary is not None:
                 loss = loss + self.aux_coefficient * auxiliary
         # When Lightning writes, or it would write old values.
@@ -405,7 +395,7 @@ class L3D(L.LightningModule):
                 break
         if seen == 0:
             raise L3DError("data: the training set is empty")
-        joined = {name: concatenate([part[name] for part in parts]) for name in parts[0]}
+        joined = {name: concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
         everything = self.subnetworks.prepare(joined)
         good = torch.isfinite(everything.sample_energies()).nonzero().squeeze(1)
         if min(len(good), self.init_samples) < self.subnetworks.n_subnetworks and self.init == "gradients":
@@ -493,19 +483,11 @@ class L3D(L.LightningModule):
             mask, _ = batch_topk(c, self.k, self._ranks, self.subnetworks.own_dense)
             alone = self.threshold(c, self.subnetworks.own_dense)
             for metric, codes in ((self.val_loss, c * mask), (self.val_threshold_loss, c * alone)):
-                metric.update(self._reconstruct(prepared, codes).loss, prepared.energy)
+                metric.update(reconstruct(self.subnetworks, prepared, codes).loss, prepared.energy)
             self.val_activity.update(self.subnetworks.everyone(alone.sum(0)), prepared.n_samples)
             outputs = self.extractor.divergence.to_mean(extraction.outputs)
             outputs = outputs[outputs.flatten(1).isfinite().all(1)]  # without samples that were skipped, or masked
             self._held_out_outputs.append((outputs.sum(0), len(outputs)))
-
-    def _reconstruct(self, prepared: Prepared, codes: Tensor) -> Residual:
-        sharded = self.subnetworks.group.size > 1
-        return (
-            reconstruct_sharded(self.subnetworks, prepared, codes)
-            if sharded
-            else self.subnetworks.reconstruct(prepared, codes)
-        )
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self._end_evaluation("val"))
@@ -586,17 +568,10 @@ class L3D(L.LightningModule):
         if now[0] > then[0]:
             samples = step.mask.shape[0] * self._replicas.size
             values["train/samples_per_second"] = (now[0] - then[0]) * samples / (now[1] - then[1])
-        per_parameter = self._loss_per_parameter(prepared, step.codes)
+        per_parameter = loss_per_parameter(self.subnetworks, prepared, step.codes, self._ranks, self._replicas)
         values |= {f"train/loss/{name}": loss[best] for name, loss in per_parameter.items()}
         self.log_dict(values)
         self.log("loss", values["train/loss"], prog_bar=True, logger=False)
-
-    def _loss_per_parameter(self, prepared: Prepared, codes: Tensor) -> dict[str, Tensor]:
-        if self.subnetworks.group.size == 1:
-            return self.subnetworks.loss_per_parameter(prepared, codes, ranks=self._ranks)
-        errors = self._replicas.sum(errors_sharded(self.subnetworks, prepared, codes[:, 0]))
-        ratios = errors / self._replicas.sum(prepared.energies()).clamp_min(torch.finfo(torch.float32).tiny)
-        return {name: ratio.view(1) for name, ratio in zip(prepared.names, ratios, strict=True)}
 
     def on_train_epoch_end(self) -> None:
         period = max(1, self.trainer.check_val_every_n_epoch or 1)

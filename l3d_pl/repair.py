@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from l3d_pl import sharded
 from l3d_pl.batch_topk import batch_topk, n_selected
 from l3d_pl.initialisation import low_rank_unit
-from l3d_pl.sharded import gram_sharded
 from l3d_pl.subnetworks import Prepared, Subnetworks, View
 from l3d_pl.tucker import Tucker, truncate
 
@@ -70,7 +70,7 @@ def state_of(subnetworks: Subnetworks, restart: int, prepared: Prepared, k: floa
     view_out = subnetworks.view(subnetworks.v_out, prepared).select(index)
     c = subnetworks.everyone(subnetworks.view(subnetworks.v_in, prepared).select(index).coefficients(prepared))
     mask, _ = batch_topk(c.unsqueeze(1), k, n_dense=subnetworks.n_dense)
-    gram = view_out.gram(view_out) if subnetworks.group.size == 1 else gram_sharded(subnetworks)
+    gram = view_out.gram(view_out) if subnetworks.group.size == 1 else sharded.gram(subnetworks)
     return State(c, subnetworks.everyone(view_out.coefficients(prepared)), gram, c * mask.squeeze(1))
 
 

@@ -1,8 +1,10 @@
-"""The training step with V_in and V_out sharded by subnetwork: each rank of a group owns some of them.
+"""The method on V_in and V_out as they are: whole on this rank, or sharded by subnetwork over a group of ranks.
 
-The ranks of a group have samples of their own, and share the gradients of all: D and A travel once, nothing is
-computed twice. Coefficients of the own subnetworks are local; batch top-k's threshold is that of all ranks. What joins
-the shards is M = V_out^T V_out: with codes c_j of shard j, rank r needs
+Where they are whole (`subnetworks.group` is this rank alone) each function hands on to `step`, `auxiliary` or
+`Subnetworks`. Otherwise each rank of the group owns some of the subnetworks, and has samples of its own. All share the
+gradients of all samples: D and A travel once, nothing is computed twice. Coefficients of the own subnetworks are local;
+batch top-k's threshold is that of all ranks. What joins the shards is M = V_out^T V_out: with codes c_j of shard j,
+rank r needs
 
     (codes M)_r = sum_j c_j <V_j, V_r>        dL/dV_r = 2/E (sum_j (c_r^T c_j) V_j - c_r^T g)
 
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from l3d_pl import auxiliary, step
 from l3d_pl.batch_topk import batch_topk
 from l3d_pl.gradients import DenseGradient, OuterGradient, SampleGradient
 from l3d_pl.parallel import Ranks
@@ -63,7 +66,74 @@ def _sizes(gradient: SampleGradient) -> tuple[Any, ...]:
     return (gradient.n_samples,)
 
 
-def decompose_sharded(
+def decompose(subnetworks: Subnetworks, prepared: Prepared, k: float, ranks: Ranks) -> Step:
+    """`step.decompose`; of sharded subnetworks (one restart) for this rank's own.
+
+    Args:
+        prepared: the gradients of all the group's samples (see `share_gradients`).
+        ranks: all ranks of the run; other groups have other samples, and the same shards.
+
+    Returns:
+        the step, its `coefficients` and `mask` those of the own subnetworks. Its `loss` is the group's over the energy
+        of all samples times the number of groups: the mean over groups is that of one process, and so for gradients.
+    """
+    if subnetworks.group.size == 1:
+        return step.decompose(subnetworks, prepared, k, ranks)
+    return _decompose(subnetworks, prepared, k, ranks)
+
+
+def auxiliary_loss(
+    subnetworks: Subnetworks, prepared: Prepared, main: Step, dead: Tensor, k: float, ranks: Ranks
+) -> Tensor | None:
+    """`auxiliary.auxiliary_loss`, with `main` the step that `decompose` has made; `dead` is [R, n_v], of all shards."""
+    if subnetworks.group.size == 1:
+        return auxiliary.auxiliary_loss(subnetworks, prepared, main, dead, k, ranks)
+    if not bool(dead.any()):
+        return None
+    own = subnetworks.mine(dead)[0]
+    return _decompose(subnetworks, prepared, k, ranks, fixed=main.codes[:, 0], among=own).loss.sum()
+
+
+def reconstruct(subnetworks: Subnetworks, prepared: Prepared, codes: Tensor) -> Reconstruction:
+    """`Subnetworks.reconstruct` of the group's samples, from `codes` [N, R, n] of the own subnetworks."""
+    if subnetworks.group.size == 1:
+        return subnetworks.reconstruct(prepared, codes)
+    return Reconstruction(_errors(subnetworks, prepared, codes[:, 0]).sum().view(1), prepared.energy)
+
+
+def loss_per_parameter(
+    subnetworks: Subnetworks, prepared: Prepared, codes: Tensor, ranks: Ranks, replicas: Ranks
+) -> dict[str, Tensor]:
+    """`Subnetworks.loss_per_parameter` over the samples of all `ranks`, {name: [R]}, from the own codes [N, R, n].
+
+    Args:
+        replicas: the ranks of other groups with the same shard, and samples of their own.
+    """
+    if subnetworks.group.size == 1:
+        return subnetworks.loss_per_parameter(prepared, codes, ranks=ranks)
+    errors = replicas.sum(_errors(subnetworks, prepared, codes[:, 0]))
+    ratios = errors / replicas.sum(prepared.energies()).clamp_min(torch.finfo(torch.float32).tiny)
+    return {name: ratio.view(1) for name, ratio in zip(prepared.names, ratios, strict=True)}
+
+
+@torch.no_grad()
+def gram(subnetworks: Subnetworks) -> Tensor:
+    """M = <v_k, v_l> of all sharded subnetworks, [n_v, n_v], on every rank."""
+    own, names = subnetworks.v_out.tuckers(), tuple(subnetworks.shapes)
+    modes = [len(shape) for shape in subnetworks.shapes.values()]
+    flat = flatten([own[name] for name in names])
+    rows = flat[0].new_zeros(subnetworks.v_out.n, subnetworks.n_subnetworks)
+    for which, parts in subnetworks.group.ring(flat, subnetworks.n_subnetworks):
+        if rows[:, which].numel():
+            for mine, theirs in zip(own.values(), unflatten(modes, parts), strict=True):
+                rows[:, which] += mine.gram(theirs)
+    return subnetworks.everyone(rows.mT).mT
+
+
+# -- the shards meet ---------------------------------------------------------------------------------------------------
+
+
+def _decompose(
     subnetworks: Subnetworks,
     prepared: Prepared,
     k: float,
@@ -71,32 +141,16 @@ def decompose_sharded(
     fixed: Tensor | None = None,
     among: Tensor | None = None,
 ) -> Step:
-    """`step.decompose` for this rank's shard of the subnetworks, in the group `subnetworks.group`; one restart.
+    """`decompose` for this rank's shard.
 
     Args:
-        prepared: the gradients of all the group's samples (see `share_gradients`).
-        ranks: all ranks of the run; other groups have other samples, and the same shards.
         fixed: codes [N, n] of the own subnetworks that are there already, and held constant.
         among: which of the own subnetworks take part besides, [n] of bool (default: all).
-
-    Returns:
-        the step, its `coefficients` and `mask` those of the own subnetworks. Its `loss` is the group's over the energy
-        of all samples times the number of groups: the mean over groups is that of one process, and so for gradients.
     """
     tuckers_in, tuckers_out = subnetworks.v_in.tuckers(), subnetworks.v_out.tuckers()
     names = prepared.names
     flat = flatten([tuckers_in[name] for name in names]) + flatten([tuckers_out[name] for name in names])
     return Step(*_ShardedStep.apply(subnetworks, prepared, k, ranks, fixed, among, *flat))
-
-
-def auxiliary_loss_sharded(
-    subnetworks: Subnetworks, prepared: Prepared, step: Step, dead: Tensor, k: float, ranks: Ranks
-) -> Tensor | None:
-    """`auxiliary.auxiliary_loss` for this rank's shard; `dead` is [1, n_v], of all subnetworks."""
-    if not bool(dead.any()):
-        return None
-    own = subnetworks.mine(dead)[0]
-    return decompose_sharded(subnetworks, prepared, k, ranks, fixed=step.codes[:, 0], among=own).loss.sum()
 
 
 class _ShardedStep(torch.autograd.Function):
@@ -168,7 +222,7 @@ class _ShardedStep(torch.autograd.Function):
 
 
 @torch.no_grad()
-def errors_sharded(subnetworks: Subnetworks, prepared: Prepared, codes: Tensor) -> Tensor:
+def _errors(subnetworks: Subnetworks, prepared: Prepared, codes: Tensor) -> Tensor:
     """sum_i ‖g_i - V_out code_i‖² of every parameter over the group's samples, [P] in the order of `prepared.names`.
 
     Args:
@@ -193,26 +247,6 @@ def errors_sharded(subnetworks: Subnetworks, prepared: Prepared, codes: Tensor) 
         grams += [v.gram(w) for v, w in zip(side.matrices, other.matrices, strict=True)]
         errors += torch.stack([((theirs @ gram.mT).double() * wide).sum() for gram in grams])
     return prepared.energies() + subnetworks.group.sum(errors)
-
-
-def reconstruct_sharded(subnetworks: Subnetworks, prepared: Prepared, codes: Tensor) -> Reconstruction:
-    """`Subnetworks.reconstruct` of the group's samples, with `codes` [N, 1, n] of the own subnetworks."""
-    errors = errors_sharded(subnetworks, prepared, codes[:, 0])
-    return Reconstruction(errors.sum().view(1), prepared.energy)
-
-
-@torch.no_grad()
-def gram_sharded(subnetworks: Subnetworks) -> Tensor:
-    """M = <v_k, v_l> of all subnetworks, [n_v, n_v], on every rank."""
-    own, names = subnetworks.v_out.tuckers(), tuple(subnetworks.shapes)
-    modes = [len(shape) for shape in subnetworks.shapes.values()]
-    flat = flatten([own[name] for name in names])
-    rows = flat[0].new_zeros(subnetworks.v_out.n, subnetworks.n_subnetworks)
-    for which, parts in subnetworks.group.ring(flat, subnetworks.n_subnetworks):
-        if rows[:, which].numel():
-            for mine, theirs in zip(own.values(), unflatten(modes, parts), strict=True):
-                rows[:, which] += mine.gram(theirs)
-    return subnetworks.everyone(rows.mT).mT
 
 
 def _ring(subnetworks: Subnetworks, prepared: Prepared, flat: Any, own: _Side) -> Iterator[tuple[slice, Side]]:

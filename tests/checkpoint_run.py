@@ -17,6 +17,7 @@ from l3d_pl import L3D
 from l3d_pl.checkpoints import AtomicCheckpointIO
 from l3d_pl.strategies.fsdp2 import FSDP2Strategy
 from l3d_pl.targets.toy import Autoencoder
+from l3d_pl.toys import quiet_trainer
 
 SAVED = 13
 
@@ -46,19 +47,11 @@ def fit(n_ranks: int, out: Path, strategy: str, shards: int, checkpoint: Path | 
         dead_after=20,
         seed=0,
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         devices=n_ranks,
         strategy=FSDP2Strategy(n_ranks // shards, shards) if strategy == "fsdp2" else strategy,
         plugins=[AtomicCheckpointIO(), DoublePrecision()],
         max_epochs=6,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        inference_mode=False,
         callbacks=[SaveMidway(out.with_suffix(".middle.ckpt"))],
     )
     trainer.fit(module, Data(16 // n_ranks), ckpt_path=checkpoint, weights_only=True)

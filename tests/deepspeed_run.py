@@ -20,6 +20,7 @@ from l3d_pl import L3D
 from l3d_pl.checkpoints import AtomicCheckpointIO
 from l3d_pl.parallel import Ranks
 from l3d_pl.targets.toy import Autoencoder
+from l3d_pl.toys import quiet_trainer
 
 SAVED = 13
 LINEAR = torch.nn.functional.linear
@@ -95,18 +96,10 @@ def module(**settings: Any) -> L3D:
 
 
 def trainer_of(strategy: str, n_ranks: int, **settings: Any) -> L.Trainer:
-    return L.Trainer(
-        accelerator="cpu",
+    return quiet_trainer(
         devices=n_ranks,
         strategy=strategy,
-        use_distributed_sampler=False,
         plugins=[AtomicCheckpointIO()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        inference_mode=False,
         **settings,
     )
 

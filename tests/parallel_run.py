@@ -10,7 +10,6 @@ import sys
 import warnings
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision
 
@@ -19,6 +18,7 @@ from l3d_pl import L3D
 from l3d_pl.parallel import Ranks
 from l3d_pl.strategies.fsdp2 import FSDP2Strategy
 from l3d_pl.targets.toy import Autoencoder
+from l3d_pl.toys import quiet_trainer
 from l3d_pl.tucker import local
 
 
@@ -52,21 +52,13 @@ def fit(n_ranks: int, strategy: str = "ddp", accumulate: int = 1, clip: float | 
     module = L3D(target, **(options | settings))
     name, _, shards = strategy.partition(":")
     mesh = FSDP2Strategy(n_ranks // int(shards), int(shards)) if name == "fsdp2" else None
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         devices=n_ranks,
         strategy=mesh or (name if n_ranks > 1 else "auto"),
         accumulate_grad_batches=accumulate,
         gradient_clip_val=clip,
         plugins=DoublePrecision(),  # (by its name, "64-true", Lightning refuses it on a mesh)
         max_epochs=6,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        inference_mode=False,
     )
     trainer.fit(module, Data(16 // n_ranks // accumulate))
     return module

@@ -8,16 +8,15 @@ import shutil
 import signal
 import zipfile
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import on_ranks
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint import load as torch_load
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -128,24 +127,6 @@ def assert_goes_on(path: Path, n: int, mesh: DeviceMesh | None) -> None:
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
-
-
-def _start(rank: int, size: int, store: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    patience = timedelta(seconds=60)  # then a process that waits for the others gives up
-    dist.init_process_group("gloo", rank=rank, world_size=size, store=dist.FileStore(store, size), timeout=patience)
-    try:
-        function(*args)
-    finally:
-        dist.destroy_process_group()
-
-
-def on_ranks(size: int, folder: Path, function: Callable[..., None], *args: Any) -> None:
-    """Run a function in `size` gloo processes; what fails in any of them fails here."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.tensor", "lightning", "l3d_pl.checkpoints"])
-    store = folder / f"store{len(list(folder.glob('store*')))}"
-    mp.start_processes(_start, (size, str(store), function, args), nprocs=size, start_method="forkserver")
 
 
 def mesh_of(data: int, tensor: int) -> DeviceMesh:

@@ -4,8 +4,6 @@ DeepSpeed's master copy is float32, so this is float32 too: over some thirty ste
 That many ranks are one process to 1e-9, `test_parallel.py` shows under ddp.
 """
 
-import os
-import subprocess
 import sys
 from importlib import util
 from pathlib import Path
@@ -15,6 +13,7 @@ import deepspeed_run
 import pytest
 import torch
 from oracles import assert_same
+from processes import run
 from torch import Tensor
 
 from l3d_pl import L3DError
@@ -28,19 +27,9 @@ STAGES = ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 pytestmark = pytest.mark.filterwarnings("ignore:Starting from v1.9.0:UserWarning", "ignore:.*_dataloader:UserWarning")
 
 
-def run(out: Path, ranks: int, strategies: list[str], seconds: int) -> dict[str, Any]:
-    """What `deepspeed_run.py` has found; it and its ranks are ended when the time is up."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(HERE / "deepspeed_run.py"), str(out), str(ranks), ",".join(strategies)]
-    process = subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
-    )
-    try:
-        _, errors = process.communicate(timeout=seconds)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, 9)
-    assert process.returncode == 0, errors[-3000:]
+def run_ranks(out: Path, ranks: int, strategies: list[str], seconds: int) -> dict[str, Any]:
+    """What `deepspeed_run.py` has found."""
+    run([str(HERE / "deepspeed_run.py"), str(out), str(ranks), ",".join(strategies)], seconds)
     return torch.load(out, weights_only=True)
 
 
@@ -71,7 +60,7 @@ def one(tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
 def test_two_ranks_of_every_stage_make_the_step_of_one_process(tmp_path: Path, one: dict[str, Any]) -> None:
-    found = run(tmp_path / "out.pt", 2, ["ddp", *STAGES], 500)
+    found = run_ranks(tmp_path / "out.pt", 2, ["ddp", *STAGES], 500)
     ddp = found["ddp"]
     same_run(ddp["everything"], one)
     left = len(one["losses"]) - deepspeed_run.SAVED
@@ -105,7 +94,7 @@ def test_two_ranks_of_every_stage_make_the_step_of_one_process(tmp_path: Path, o
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_one_and_four_ranks_of_every_stage(tmp_path: Path, one: dict[str, Any], ranks: int) -> None:
-    found = run(tmp_path / "out.pt", ranks, STAGES, 500)
+    found = run_ranks(tmp_path / "out.pt", ranks, STAGES, 500)
     for stage in STAGES:
         same_run(found[stage]["everything"], one)
         assert torch.equal(found[stage]["resumed"]["directions"], found[stage]["everything"]["directions"])
@@ -167,10 +156,7 @@ def test_a_missing_deepspeed_and_a_stage_that_there_is_not(monkeypatch: pytest.M
 @pytest.mark.parametrize("strategy", [*STAGES, "deepspeed_stage_2_offload", "deepspeed_stage_3_offload"])
 def test_fit_from_the_command_line(strategy: str) -> None:
     """`l3d fit` on two ranks from a shipped config, with checkpoint, export and page."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "l3d_pl.cli", *tms("--config", f"strategies/{strategy}", "--trainer.devices", "2")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(["-m", "l3d_pl.cli", *tms("--config", f"strategies/{strategy}", "--trainer.devices", "2")], seconds=300)
     assert Path("run/finished").is_file()
     assert Path("run/decomposition/model.safetensors").is_file()
     assert Path("run/checkpoints/last.ckpt/shard-00001-of-00002.safetensors").is_file()

@@ -1,13 +1,10 @@
 """`l3d export`: what a checkpoint of any strategy holds, in the memory of a small machine."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import lightning as L
+import processes
 import pytest
 import torch
 from checkpoint_run import fit as fit_midway
@@ -24,6 +21,7 @@ from l3d_pl.cli import main
 from l3d_pl.export import export_checkpoint, export_decomposition
 from l3d_pl.streamed import entry_of, write_safetensors
 from l3d_pl.targets.toy import Autoencoder
+from l3d_pl.toys import quiet_trainer
 
 HERE = Path(__file__).parent
 
@@ -39,18 +37,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     module = L3D(Autoencoder(10, 5), n_subnetworks=7, ranks=2, restarts=3, init_samples=60, divergence=huber, seed=3)
     module.run_config = {"model": {"k": 0.1}, "trainer": None}
-    trainer = L.Trainer(
+    trainer = quiet_trainer(
         max_epochs=2,
         default_root_dir=root,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        inference_mode=False,
         callbacks=[ExportDecomposition(), Checkpoints()],
         plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=True,
     )
     trainer.fit(module, ToyData(n_features=10, points=100, batch_size=16, seed=1, n_val=20, n_test=20))
     return root
@@ -226,9 +218,7 @@ def test_v_larger_than_the_memory_it_takes(run: Path, tmp_path: Path) -> None:
     assert size > 220
     for source in ("one.ckpt", "sharded.ckpt"):
         out = tmp_path / f"of_{source}"
-        command = [sys.executable, "-c", MEASURE, str(tmp_path / source), str(out), str(run / "checkpoints/last.ckpt")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
+        done = processes.run(["-c", MEASURE, str(tmp_path / source), str(out), str(run / "checkpoints/last.ckpt")], 120)
         for mebibytes in map(float, done.stdout.split()):
             assert mebibytes < size / 3, done.stdout
         assert (out / "model.safetensors").stat().st_size > size * 2**20
@@ -238,16 +228,13 @@ def test_v_larger_than_the_memory_it_takes(run: Path, tmp_path: Path) -> None:
 def test_resumed_on_other_ranks_and_under_another_strategy_it_ends_at_the_same(tmp_path: Path) -> None:
     """Float64, the mean as reference: every run ends where the uninterrupted one of one process does."""
     fit_midway(1, tmp_path / "whole", "auto", 1)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def start(ranks: int, *jobs: tuple[str, str, int] | tuple[str, str, int, str]) -> None:
         given = [
             ",".join([str(tmp_path / out), strategy, str(shards), *(str(tmp_path / c) for c in source)])
             for out, strategy, shards, *source in jobs
         ]
-        command = [sys.executable, str(HERE / "checkpoint_run.py"), str(ranks), *given]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        processes.run([str(HERE / "checkpoint_run.py"), str(ranks), *given], seconds=240)
 
     middle = "sharded.middle.ckpt"
     start(

@@ -28,6 +28,7 @@ from datamodules.toy import ToyData
 from l3d_pl import L3D
 from l3d_pl.targets.digits import DigitsCNN
 from l3d_pl.targets.toy import MLP, Autoencoder, TiedAutoencoder
+from l3d_pl.toys import quiet_trainer
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 40
@@ -109,19 +110,11 @@ def curve(name: str, root: Path) -> dict[str, list[float]]:
         drawn(kind, **SIZES.get(name, {})).to(dtype_of(name)), **{"k": 0.15, "lr": 0.01, "seed": 3, **settings}
     )
     losses = Losses()
-    trainer = L.Trainer(
+    trainer = quiet_trainer(
         max_steps=STEPS,
         default_root_dir=root,
-        accelerator="cpu",
         precision="64-true" if dtype_of(name) == torch.float64 else "32-true",
-        logger=False,
         callbacks=[losses],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        inference_mode=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
     )
     own = {"n_val": 200, "n_test": 10, "batch_size": 32} if data is ToyData else {}
     trainer.fit(module, data(**{"seed": 5, **own, **data_settings}))

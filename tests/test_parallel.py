@@ -1,9 +1,5 @@
 """Invariant 2: ranks that share a batch make the same step as one process with all of it. Real gloo processes."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import LAYOUTS, assert_same, decomposition_problem
-from torch import distributed as dist
-from torch import multiprocessing as mp
+from processes import on_ranks, run
 from zoo import VOCABULARY, language_model
 
-from l3d_pl import L3D
-from l3d_pl.auxiliary import auxiliary_loss
+from l3d_pl import L3D, auxiliary, sharded, step
 from l3d_pl.batch_topk import batch_topk, global_threshold, n_selected
 from l3d_pl.gradients import GradientExtractor
 from l3d_pl.parallel import ALONE, Ranks
-from l3d_pl.sharded import (
-    auxiliary_loss_sharded,
-    decompose_sharded,
-    errors_sharded,
-    gram_sharded,
-    reconstruct_sharded,
-    share_gradients,
-)
-from l3d_pl.step import decompose
 from l3d_pl.subnetworks import Subnetworks
 from l3d_pl.targets.frozen import freeze, select_parameters, shard
 from l3d_pl.targets.toy import Autoencoder
@@ -38,22 +23,8 @@ from l3d_pl.tucker import local
 HERE = Path(__file__).parent
 
 
-def _start(rank: int, size: int, port_file: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(port_file, size)
-    dist.init_process_group("gloo", rank=rank, world_size=size, store=store)
-    try:
-        function(Ranks.of_run(), *args)
-    finally:
-        dist.destroy_process_group()
-
-
-def on_ranks(size: int, tmp_path: Path, function: Callable[..., None], *args: Any) -> None:
-    """Run `function(ranks, *args)` in `size` gloo processes; an assertion that fails in any of them fails here."""
-    mp.spawn(_start, (size, str(tmp_path / f"store{size}"), function, args), nprocs=size)
-
-
-def _selects_as_one_process(ranks: Ranks) -> None:
+def _selects_as_one_process() -> None:
+    ranks = Ranks.of_run()
     for case in range(12):
         random = torch.Generator().manual_seed(case)
         c = torch.randn(7, 2, 5, generator=random, dtype=torch.float64 if case % 2 else torch.float32)
@@ -102,10 +73,7 @@ RUNS = {
 
 
 def _run(out: Path, *arguments: str) -> dict[str, Any]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(HERE / "parallel_run.py"), str(out), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run([str(HERE / "parallel_run.py"), str(out), *arguments], seconds=240)
     return torch.load(out, weights_only=True)
 
 
@@ -148,7 +116,7 @@ def _shards_equal_one_process(ranks: Ranks, layout: str, tokens: bool, n_dense: 
     n_v, samples, k = 7, 12 if tokens else 11, 0.3
     whole, gradients = decomposition_problem(layout, samples=samples, n_subnetworks=n_v)
     whole.n_dense = n_dense
-    expected = decompose(whole, whole.prepare(gradients), k)
+    expected = step.decompose(whole, whole.prepare(gradients), k)
     expected.loss.sum().backward()
 
     n = samples // 2 if tokens else samples  # groups of samples
@@ -162,27 +130,26 @@ def _shards_equal_one_process(ranks: Ranks, layout: str, tokens: bool, n_dense: 
     part.is_dense = whole.is_dense  # type: ignore[method-assign]
     for side, its in ((part.v_in, whole.v_in), (part.v_out, whole.v_out)):
         side.copy_({name: tucker.detach().select(shard) for name, tucker in its.tuckers().items()})
-    prepared = part.prepare(share_gradients(own, ranks))
-    step = decompose_sharded(part, prepared, k, ranks)
-    step.loss.sum().backward()
+    prepared = part.prepare(sharded.share_gradients(own, ranks))
+    found = sharded.decompose(part, prepared, k, ranks)
+    found.loss.sum().backward()
 
-    assert_same(step.loss.detach(), expected.loss.detach())
-    assert_same(step.threshold, expected.threshold)
-    assert_same(step.coefficients, expected.coefficients[..., shard])
-    assert torch.equal(step.mask, expected.mask[..., shard])
+    assert_same(found.loss.detach(), expected.loss.detach())
+    assert_same(found.threshold, expected.threshold)
+    assert_same(found.coefficients, expected.coefficients[..., shard])
+    assert torch.equal(found.mask, expected.mask[..., shard])
     for (name, value), other in zip(part.named_parameters(), whole.parameters(), strict=True):
         assert value.grad is not None, name
         assert other.grad is not None
         assert_same(value.grad, other.grad[shard])
 
-    codes = step.codes.detach()
-    assert_same(reconstruct_sharded(part, prepared, codes).loss, expected.loss.detach())
+    codes = found.codes.detach()
+    assert_same(sharded.reconstruct(part, prepared, codes).loss, expected.loss.detach())
     losses = whole.loss_per_parameter(whole.prepare(gradients), expected.codes.detach())
-    for name, error in zip(prepared.names, errors_sharded(part, prepared, codes[:, 0]), strict=True):
-        energy = dict(zip(prepared.names, prepared.energies(), strict=True))[name]
-        assert_same(error / energy, losses[name][0])
+    for name, loss in sharded.loss_per_parameter(part, prepared, codes, ranks, ALONE).items():
+        assert_same(loss, losses[name])
     view = whole.view(whole.v_out, whole.prepare(gradients))
-    assert_same(gram_sharded(part), view.gram(view).detach())
+    assert_same(sharded.gram(part), view.gram(view).detach())
     weights = torch.randn(2, n_v, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for name, sums in part.combine(weights).items():
         assert_same(sums, whole.combine(weights)[name])
@@ -190,8 +157,8 @@ def _shards_equal_one_process(ranks: Ranks, layout: str, tokens: bool, n_dense: 
     dead = torch.tensor([[True, False, False, True, True, False, True]])
     for module in (part, whole):
         module.zero_grad()
-    mine_aux = auxiliary_loss_sharded(part, prepared, step, dead, 0.4, ranks)
-    all_aux = auxiliary_loss(whole, whole.prepare(gradients), expected, dead, 0.4)
+    mine_aux = sharded.auxiliary_loss(part, prepared, found, dead, 0.4, ranks)
+    all_aux = auxiliary.auxiliary_loss(whole, whole.prepare(gradients), expected, dead, 0.4)
     assert mine_aux is not None
     assert all_aux is not None
     assert_same(mine_aux.detach(), all_aux.detach())
@@ -209,7 +176,8 @@ def test_sharded_subnetworks_make_the_step_of_one_process(size: int, tmp_path: P
     on_ranks(size, tmp_path, _all_shard_cases)
 
 
-def _all_shard_cases(ranks: Ranks) -> None:
+def _all_shard_cases() -> None:
+    ranks = Ranks.of_run()
     for layout in LAYOUTS:
         for tokens in (False, True):
             _shards_equal_one_process(ranks, layout, tokens, n_dense=3 if tokens else 0)
@@ -238,7 +206,8 @@ def _sharded_target_gives_the_same(ranks: Ranks, family: str, sample: str) -> No
             assert_same(found.gradients[name].dense(), gradient.dense())
 
 
-def _sharded_targets(ranks: Ranks) -> None:
+def _sharded_targets() -> None:
+    ranks = Ranks.of_run()
     for family in ("GPTNeo", "Llama"):
         for sample in ("token", "sequence"):
             _sharded_target_gives_the_same(ranks, family, sample)
@@ -249,7 +218,8 @@ def test_a_sharded_target_gives_the_same_gradients(tmp_path: Path) -> None:
     on_ranks(2, tmp_path, _sharded_targets)
 
 
-def _random_streams(ranks: Ranks) -> None:
+def _random_streams() -> None:
+    ranks = Ranks.of_run()
     module = L3D(Autoencoder(10, 5), n_subnetworks=7, seed=0)
     module._ranks = ranks
     streams = ("references", "start", "k-lines", "anchor references", "repair", "validation")

@@ -14,22 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from l3d_pl import L3D, L3DError
 from l3d_pl.cli import main
 from l3d_pl.gradients import DenseGradient, GradientExtractor, OuterGradient
-from l3d_pl.plan import (
-    Absent,
-    Plan,
-    PlannedPasses,
-    Planner,
-    StepCosts,
-    Trace,
-    World,
-    chunk_of,
-    complete,
-    recommend,
-    sides_of,
-    step_costs,
-)
-from l3d_pl.sharded import decompose_sharded
-from l3d_pl.step import decompose
+from l3d_pl.plan.costs import StepCosts, step_costs
+from l3d_pl.plan.report import complete, recommend
+from l3d_pl.plan.shapes import Absent, PlannedPasses, Trace, sides_of
+from l3d_pl.plan.strategies import Plan, Planner, World, chunk_of
+from l3d_pl.sharded import decompose
 from l3d_pl.subnetworks import Subnetworks
 from l3d_pl.targets.frozen import freeze, select_parameters
 from l3d_pl.targets.language import gpt_neo
@@ -80,11 +69,7 @@ def test_formula_of_a_step_agrees_with_the_step(
         prepared = subnetworks.prepare(gradients)
         assert trace.live == pytest.approx(costs.block, rel=0.01)
         before = trace.peak = trace.live
-        step = (
-            decompose(subnetworks, prepared, 0.1)
-            if shards == 1
-            else decompose_sharded(subnetworks, prepared, 0.1, group)
-        )
+        step = decompose(subnetworks, prepared, 0.1, group)
         step.loss.sum().backward()
     assert costs.peak == pytest.approx(trace.peak - before, rel=0.12)
     assert costs.flop == pytest.approx(counter.get_total_flops(), rel=0.05)

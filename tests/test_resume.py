@@ -17,6 +17,7 @@ from l3d_pl import L3D, L3DError
 from l3d_pl.callbacks import Checkpoints, ExportDecomposition, RandomState, StopOnSignal, Stopped
 from l3d_pl.checkpoints import AtomicCheckpointIO
 from l3d_pl.targets.toy import TiedAutoencoder
+from l3d_pl.toys import quiet_trainer
 
 SETTINGS = {
     "default": {},
@@ -45,16 +46,9 @@ def fit(
             if trainer.global_step == stop_at:
                 signal.raise_signal(signal.SIGTERM)
 
-    trainer = L.Trainer(
+    trainer = quiet_trainer(
         max_steps=steps,
         default_root_dir=root,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        inference_mode=False,
         callbacks=[
             Stopper(),
             RandomState(),
@@ -63,6 +57,7 @@ def fit(
             Checkpoints(every_n_train_steps=1000),
         ],
         plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=True,
     )
     module = L3D(target, n_subnetworks=4, seed=3, init_samples=60, **settings)
     data = ToyData(points=points, batch_size=16, steps_per_epoch=7, seed=1, n_val=20, n_test=20)

@@ -27,7 +27,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -40,9 +39,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from l3d_pl.checkpoints import Stored, load_sharded, save_sharded, together
+from l3d_pl.checkpoints import Stored, together
 from l3d_pl.errors import L3DError
 from l3d_pl.parallel import Ranks
+from l3d_pl.strategies.saving import ShardedCheckpoints
 
 
 class Fragment(NamedTuple):
@@ -61,7 +61,7 @@ class Fragment(NamedTuple):
     place: slice
 
 
-class ZeroStrategy(DeepSpeedStrategy):
+class ZeroStrategy(ShardedCheckpoints, DeepSpeedStrategy):
     """DeepSpeed's ZeRO for `L3D`, on CPU and CUDA.
 
     Args:
@@ -89,7 +89,6 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         self.stage = stage
         self._fragments: dict[Tensor, Fragment] = {}
-        self._stored: Stored | None = None  # the checkpoint that is being read
         # Parameters below a threshold would stay whole on every rank.
         self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         self.config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW: DeepSpeed's own would be compiled first
@@ -222,8 +221,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             parameters[0].all_gather(param_list=parameters)  # type: ignore[attr-defined]
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
-    # Not DeepSpeed's own: those are pickles that only DeepSpeed reads, on as many ranks as wrote them. These are the
-    # checkpoints of every sharded strategy, so that each resumes the others', on any number of ranks.
+    # Not DeepSpeed's own: those are pickles that only DeepSpeed reads, on as many ranks as wrote them.
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Buffers, and V in rows: each rank has some of every parameter."""
@@ -254,29 +252,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             found[name] = DTensor.from_local(rows, mesh, [Shard(0)], shape=shape, stride=whole.stride())
         return found
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        save_sharded(checkpoint, Path(self.broadcast(filepath)))
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """V is read before it is sharded: the data's state has to be there before `setup` asks for batches."""
-        return False
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        self._stored = load_sharded(Path(self.broadcast(checkpoint_path)), self.lightning_module)
-        return self._stored.content
-
-    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        """`load_checkpoint` has filled it."""
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
-
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        stored, self._stored = self._stored, None
-        assert stored is not None
+        stored = self.take_stored()
         together(Ranks.of_run(), lambda: self._read_state(stored))
 
     @torch.no_grad()

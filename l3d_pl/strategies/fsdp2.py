@@ -14,17 +14,17 @@ It runs on CUDA, and on CPU with gloo.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.optim import Optimizer
 
-from l3d_pl.checkpoints import load_optimizers, load_sharded, save_sharded
+from l3d_pl.checkpoints import load_optimizers
 from l3d_pl.errors import L3DError
+from l3d_pl.strategies.saving import ShardedCheckpoints
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
     """V_in and V_out sharded by subnetwork.
 
     Args:
@@ -62,26 +62,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         return optimizer.state_dict()
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        save_sharded(checkpoint, Path(self.broadcast(filepath)))
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """The data's state has to be there before `setup`, whose optimizers ask for the number of batches."""
-        return False
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        self.precision_plugin.convert_module(self.lightning_module)  # as `setup` will: no digit is lost on the way
-        self._stored = load_sharded(Path(self.broadcast(checkpoint_path)), self.lightning_module)
-        return self._stored.content
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
-
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        load_optimizers(self._stored, self.optimizers)
+        load_optimizers(self.take_stored(), self.optimizers)
 
 
 def register() -> None:

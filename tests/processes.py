@@ -1,0 +1,68 @@
+"""Processes of a test: they end with it, in whatever way it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import multiprocessing as mp
+
+
+def run(command: Sequence[str], seconds: float, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python command line of the project, one thread per process; it and all that it starts end with this call.
+
+    Raises:
+        AssertionError: it fails; the end of what it wrote.
+        TimeoutExpired: it takes longer than `seconds`.
+    """
+    path = os.pathsep.join(sys.path)
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    finally:
+        with suppress(ProcessLookupError):  # nothing is left of it
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == 0, (output + errors)[-3000:]
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def on_ranks(size: int, folder: Path, function: Callable[..., None], *args: Any, seconds: float = 200) -> None:
+    """Call a function in `size` gloo processes; what fails in any of them fails here, and ends all."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.tensor", "lightning", "l3d_pl"])
+    store, until = folder / f"store{len(list(folder.glob('store*')))}", time.monotonic() + seconds
+    started = mp.start_processes(
+        _start, (size, str(store), function, args), nprocs=size, join=False, start_method="forkserver"
+    )
+    try:
+        while not started.join(timeout=5):
+            assert time.monotonic() < until, f"{size} ranks have not ended within {seconds} s"
+    finally:
+        for process in started.processes:
+            process.kill()
+
+
+def _start(rank: int, size: int, store: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    patience = timedelta(seconds=60)  # then a process that waits for the others gives up
+    dist.init_process_group("gloo", rank=rank, world_size=size, store=dist.FileStore(store, size), timeout=patience)
+    try:
+        function(*args)
+    finally:
+        dist.destroy_process_group()
