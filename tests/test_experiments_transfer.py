@@ -87,11 +87,14 @@ def test_selectivity_of_planted_subnetworks_and_of_random_directions(planted) ->
 
 def test_the_gradient_control_turns_its_samples_one_way(planted) -> None:
     found, _, draws = planted
-    found_ = top_gradient(found, 1, draws[0])["weight"].flatten()
+    gradients = draws[0] * (torch.rand(N, 1) - 0.5).sign()
     reader = found.direction(1)["weight"].flatten()
-    most = (draws[0] @ reader).abs().topk(TOP).indices
-    wanted = sum(draws[0][i] * (draws[0][i] @ reader).sign() for i in most)
-    torch.testing.assert_close(found_, wanted / wanted.norm(), rtol=1e-4, atol=1e-5)
+    c = gradients @ reader
+    most = c.abs().topk(TOP).indices
+    assert 0 < (c[most] < 0).sum() < TOP
+    wanted = sum(gradients[i] * c[i].sign() for i in most)
+    control = top_gradient(found, 1, gradients)["weight"].flatten()
+    torch.testing.assert_close(control, wanted / wanted.norm(), rtol=1e-4, atol=1e-5)
 
 
 def test_chosen_are_the_strongest_and_some_of_the_weaker_half() -> None:
