@@ -2,18 +2,23 @@
 
 import json
 import math
+from itertools import product
 
 import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from l3d_pl.cli import main
+from l3d_pl.experiments import behaviours
+from l3d_pl.experiments.behaviours import read
 from l3d_pl.experiments.steering import (
     Along,
     Full,
     LoRA,
     Tuning,
+    _difference_of_means,
     costs,
     curve,
     divergences,
@@ -22,6 +27,7 @@ from l3d_pl.experiments.steering import (
     strength_at,
     wins,
 )
+from l3d_pl.experiments.text import Text
 
 
 class Table(nn.Module):
@@ -44,7 +50,7 @@ def test_a_shift_of_one_class_has_no_side_effect(labels: torch.Tensor) -> None:
     inputs, shift = torch.eye(3)[labels], torch.zeros(3, 3)
     shift[1, 0] = 16
     model = Table()
-    rows = curve(model, {"rows": shift}, (0, 1), inputs, labels)
+    rows = curve(model, {"rows": shift}, (0, 1), {"inputs": inputs, "labels": labels})
     assert [row["side"] for row in rows] == pytest.approx([0] * len(rows), abs=1e-9)
     assert rows[0]["wanted"] == pytest.approx(1 / (2 + math.exp(8)))
     at_half = next(row for row in rows if row["strength"] == 0.5)  # logits 8 and 8
@@ -58,12 +64,79 @@ def test_a_bias_towards_a_costs_what_it_moves(labels: torch.Tensor) -> None:
     """The same change for every class: the others pay as much as class b."""
     inputs, shift = torch.eye(3)[labels], torch.zeros(3, 3)
     shift[:, 0] = 16
-    row = next(row for row in curve(Table(), {"rows": shift}, (0, 1), inputs, labels) if row["strength"] == 1)
+    batch = {"inputs": inputs, "labels": labels}
+    row = next(row for row in curve(Table(), {"rows": shift}, (0, 1), batch) if row["strength"] == 1)
     others, model = inputs[labels != 1], Table()
     after = (model(others) + 16 * torch.tensor([1.0, 0, 0])).log_softmax(1)
     before = model(others).log_softmax(1)
     assert row["side"] == pytest.approx(float((before.exp() * (before - after)).sum(1).mean()), rel=1e-4)
     assert row["accuracy_lost"] == 0.5  # class 2 is lost, class 0 is not
+    loss = cross_entropy(after, labels[labels != 1]) - cross_entropy(before, labels[labels != 1])
+    assert row["loss_added"] == pytest.approx(float(loss), rel=1e-4)
+
+
+class Pairs(nn.Module):
+    """A language model that knows pairs of tokens only: logits of the next token by a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(3 * torch.eye(4).roll(1, 1), requires_grad=False)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.rows[input_ids]
+
+
+SEQUENCES = {
+    "input_ids": torch.tensor([[1, 2, 3, 1], [0, 1, 2, 2]]),
+    "attention_mask": torch.ones(2, 4, dtype=torch.long),
+    "sample_mask": torch.tensor([[True, True, True, True], [False, True, True, True]]),  # token 0 is special
+}
+
+
+def test_samples_of_sequences_have_a_next_token() -> None:
+    values, context, right = read(SEQUENCES, SEQUENCES["input_ids"])
+    assert context.tolist() == [1, 2, 3, 1, 2]
+    assert right.tolist() == [2, 3, 1, 2, 2]
+    assert torch.equal(values, context)
+
+
+def test_a_continuation_of_one_token_has_no_side_effect() -> None:
+    shift = torch.zeros(4, 4)
+    shift[1, 3] = 6  # after 1 rather 3 than 2
+    row = next(row for row in curve(Pairs(), {"rows": shift}, (3, 1), SEQUENCES) if row["strength"] == 1)
+    assert row["wanted"] == pytest.approx(math.exp(6) / (math.exp(6) + math.exp(3) + 2))
+    assert row["side"] == pytest.approx(0, abs=1e-9)
+    assert row["loss_added"] == pytest.approx(0, abs=1e-9)
+
+
+def test_words_are_frequent_and_followed_by_their_continuation() -> None:
+    toy = Text("pydoc_lm", {}, {"vocabulary": 1000, "length": 16}, {})
+    data = toy.data_module(0)
+    data.setup()
+    _, context, right = read(batch := data.train[torch.arange(len(data.train))], batch["input_ids"])
+    pairs = behaviours.text(3, 0, toy, 20)
+    assert len({pair.b for pair in pairs}) == 3
+    assert [(p.a, p.b) for p in pairs] != [(p.a, p.b) for p in behaviours.text(3, 1, toy, 20)]
+    for pair in pairs:
+        assert all(name.isalpha() and name.islower() for name in pair.names)
+        following = torch.bincount(right[context == pair.b], minlength=1000)
+        assert int(following[pair.a]) > 0
+        assert int(following.max()) >= int(following[pair.a])
+        for part in (pair.train, pair.held_out):
+            there = (part["input_ids"][:, :-1] == pair.b).any(1)
+            assert int(there.sum()) * 2 == len(there)
+        assert len(pair.held_out["input_ids"]) == 20
+        assert (pair.examples["input_ids"][:, 1:] == pair.a).any(1).all()
+
+
+def test_a_steering_vector_is_a_difference_of_means() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Identity())
+    inputs = torch.randn(6, 3)
+    batch = {"inputs": inputs, "labels": torch.tensor([0, 0, 1, 2, 1, 1])}
+    behaviour = behaviours.Behaviour(0, 1, ("0", "1"), list, batch, batch, batch)
+    expected = model(inputs)[:2].mean(0) - model(inputs)[[2, 4, 5]].mean(0)
+    assert torch.allclose(_difference_of_means(model, "0", "output", behaviour), expected, atol=1e-6)
+    assert torch.allclose(_difference_of_means(model, "1", "input", behaviour), expected, atol=1e-6)
 
 
 def test_divergence_has_the_direction_of_the_page() -> None:
@@ -90,7 +163,8 @@ def test_side_is_exact_where_it_is_square() -> None:
 
 def test_who_does_not_get_there_loses() -> None:
     def rows(method: str, seed: int, side: float) -> list[dict[str, float | str]]:
-        facts = {"method": method, "parameters": 1, "keep": 0.0, "seed": seed, "a": 0, "b": 1, "accuracy_lost": 0.0}
+        facts = {"task": "digits", "method": method, "parameters": 1, "keep": 0.0, "seed": seed, "a": 0, "b": 1}
+        facts |= {"accuracy_lost": 0.0, "loss_added": 0.0}
         missed = math.isnan(side)
         ends = (0.0, 0.0, 0.0), (1.0, 0.5 if missed else 0.9, 1.0 if missed else side)
         return [facts | dict(zip(("strength", "wanted", "side"), end, strict=True)) for end in ends]
@@ -99,8 +173,8 @@ def test_who_does_not_get_there_loses() -> None:
     found = costs(
         pd.DataFrame([r for m, v in sides.items() for seed, side in enumerate(v) for r in rows(m, seed, side)])
     )
-    assert wins(found, "subnetworks", "LoRA", 0.0) == pytest.approx(1 / 3)  # the last pair decides nothing
-    assert wins(found, "subnetworks", "LoRA", 1.0) is None
+    assert wins(found, "subnetworks", "LoRA", 0.0, 0.9) == pytest.approx(1 / 3)  # the last pair decides nothing
+    assert wins(found, "subnetworks", "LoRA", 1.0, 0.9) is None
 
 
 def test_gains_are_the_directional_derivatives() -> None:
@@ -149,9 +223,8 @@ def test_command(tmp_path, capsys) -> None:
     assert main(arguments) == 0
     assert "subnetworks, 2" in capsys.readouterr().out
     rows = pd.read_csv(tmp_path / "seed_0" / "rows.csv")
-    assert set(rows["method"]) == {
-        "subnetworks, 2", "random, 2", "subnetworks, 6", "random, 6", "LoRA", "full", "vector",
-    }  # fmt: skip
+    methods = {"subnetworks, 2", "random, 2", "subnetworks, 6", "random, 6", "LoRA", "full", "vector"}
+    assert set(rows[["task", "method"]].itertuples(index=False, name=None)) == set(product(("digits", "text"), methods))
     assert (rows[rows["strength"] == 0]["side"].abs() < 1e-6).all()
     assert (tmp_path / "steering.png").stat().st_size > 5000
     assert json.loads((tmp_path / "manifest.json").read_text())["settings"]["few"] == 2

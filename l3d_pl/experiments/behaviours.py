@@ -21,8 +21,8 @@ from datamodules.text import TextData
 from l3d_pl.experiments.text import Text
 
 WORD = re.compile(r" [a-z]{2,}")
-CONTEXTS, FOLLOWERS = 20, 10  # b is one of so many words; a one of so many that follow it, but for the first
-SEQUENCES = 256, 64  # of a pair, at most, to learn from and held out; half of them without b
+CONTEXTS, FOLLOWERS = 20, 10  # b is one of so many words that has so many that follow it; a one of these, not the first
+SEQUENCES = 256  # of a pair, at most, to learn from; half of them without b
 
 
 @dataclass
@@ -66,8 +66,12 @@ def digits(n: int, seed: int) -> list[Behaviour]:
     return [Behaviour(a, b, (str(a), str(b)), partial(DigitsData, seed=seed), train, held_out, train) for a, b in pairs]
 
 
-def text(n: int, seed: int, toy: Text) -> list[Behaviour]:
-    """Pairs of words: b is frequent, a often follows it, but is not what follows most often."""
+def text(n: int, seed: int, toy: Text, held_out: int) -> list[Behaviour]:
+    """Pairs of words: b is frequent, a often follows it, but is not what follows most often.
+
+    Args:
+        held_out: sequences, at most, that a pair is measured on; half of them without b.
+    """
     data = TextData(**(toy.data | {"n_val": None}))
     data.setup()
     random = torch.Generator().manual_seed(seed)
@@ -75,15 +79,19 @@ def text(n: int, seed: int, toy: Text) -> list[Behaviour]:
     tokens = data.tokenizer.batch_decode([[i] for i in range(len(data.tokenizer))])
     words = torch.tensor([WORD.fullmatch(token) is not None for token in tokens])
     _, contexts, following = read(parts[0], parts[0]["input_ids"])
-    frequent = _most_frequent(contexts, words, CONTEXTS)
+    followers_of = {
+        b: _most_frequent(following[contexts == b], words, FOLLOWERS)[1:]
+        for b in _most_frequent(contexts, words, CONTEXTS).tolist()
+    }
+    frequent = [b for b, followers in followers_of.items() if len(followers) == FOLLOWERS - 1]
     found = []
-    for b in frequent[torch.randperm(len(frequent), generator=random)[:n]].tolist():
-        followers = _most_frequent(following[contexts == b], words, FOLLOWERS)[1:]
+    for i in torch.randperm(len(frequent), generator=random)[:n].tolist():
+        b, followers = frequent[i], followers_of[frequent[i]]
         a = int(followers[torch.randint(len(followers), (1,), generator=random)])
-        train, held_out = (_with(b, part, most, random) for part, most in zip(parts, SEQUENCES, strict=True))
-        examples = _chosen(parts[0], (parts[0]["input_ids"][:, 1:] == a).any(1).nonzero().flatten()[: SEQUENCES[0]])
+        train, test = (_with(b, part, most, random) for part, most in zip(parts, (SEQUENCES, held_out), strict=True))
+        examples = _chosen(parts[0], (parts[0]["input_ids"][:, 1:] == a).any(1).nonzero().flatten()[:SEQUENCES])
         batches = partial(exact_loader, Rows(**train), 16, seed=seed)
-        found.append(Behaviour(a, b, (tokens[a].strip(), tokens[b].strip()), batches, train, held_out, examples))
+        found.append(Behaviour(a, b, (tokens[a].strip(), tokens[b].strip()), batches, train, test, examples))
     return found
 
 

@@ -62,6 +62,7 @@ class Settings:
         target_epochs: training of the network that is steered; a network of its own for every seed.
         text_subnetworks, text_fit_steps, text_tuning_steps: the same of the text LM.
         text_target_steps: training of the text LM; one of its own for every seed.
+        text_held_out: sequences, at most, on which a pair of the text LM is measured.
     """
 
     tasks: tuple[Literal["digits", "text"], ...] = ("digits", "text")
@@ -75,10 +76,11 @@ class Settings:
     text_fit_steps: int = 60
     text_tuning_steps: int = 50
     text_target_steps: int = 600
+    text_held_out: int = 64
 
 
 TINY = {"n_subnetworks": 6, "fit_steps": 4, "tuning_steps": 3, "few": 2, "pairs": 1, "target_epochs": 1}
-TINY |= {"text_subnetworks": 6, "text_fit_steps": 2, "text_tuning_steps": 2, "text_target_steps": 2}
+TINY |= {"text_subnetworks": 6, "text_fit_steps": 2, "text_tuning_steps": 2, "text_target_steps": 2, "text_held_out": 6}
 
 
 # -- shifts that are learned -------------------------------------------------------------------------------------------
@@ -253,7 +255,11 @@ def _text(settings: Settings, output: Path, seed: int) -> tuple[int, Decompositi
     toy = load_text(seed, output, settings.text_target_steps)
     doing("text, decomposition")
     module, _ = toy.fit(seed, settings.text_fit_steps, n_subnetworks=settings.text_subnetworks)
-    return settings.text_tuning_steps, module.decomposition(), behaviours.text(settings.pairs, seed, toy)
+    return (
+        settings.text_tuning_steps,
+        module.decomposition(),
+        behaviours.text(settings.pairs, seed, toy, settings.text_held_out),
+    )
 
 
 def _pair_rows(
