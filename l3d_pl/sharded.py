@@ -216,8 +216,9 @@ class _ShardedStep(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> Any:
         gradients, ctx.gradients = ctx.gradients, None
-        if bool((d_loss != 1).any()):
-            gradients = [gradient * d_loss for gradient in gradients]
+        if d_loss.is_cuda or bool((d_loss != 1).any()):
+            for gradient in gradients:  # in place: there may be no room for another copy
+                gradient.mul_(d_loss)
         return *[None] * 6, *gradients
 
 

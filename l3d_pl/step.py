@@ -164,5 +164,6 @@ class _Step(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if d_loss.is_cuda or bool((d_loss != 1).any()):
             per_subnetwork = d_loss.repeat_interleave(gradients[0].shape[0] // d_loss.shape[0])
-            gradients = [g * per_subnetwork.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
+            for gradient in gradients:  # in place: there may be no room for another copy
+                gradient.mul_(per_subnetwork.view(-1, *[1] * (gradient.ndim - 1)))
         return *[None] * 7, *gradients
