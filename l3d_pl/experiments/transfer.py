@@ -61,18 +61,16 @@ FACTORS = {
 """{what differs: (blocks, minus those)}."""
 
 CONTROLS = ("subnetwork", "gradient", "random, own", "random")
+MEASURES = {"first": "derivative", "at_step": "step"}  # of selectivity: {column: as it is called}
 QUANTITIES = {
     "loss": "L",
     "dimension": "effective dimension of gradients",
     "dead": "dead share",
     "in_use": "number in use",
-    "subnetwork": "selectivity: subnetwork",
-    "gradient": "gradient",
-    "random, own": "random, own samples",
-    "random": "random",
-    "ratio": "subnetwork / random, own",
-    "at_step": "subnetwork, finite step",
-    "ratio_at_step": "subnetwork / random, own, finite step",
+} | {
+    f"{name} {measure}": f"{name}, {called}"
+    for measure, called in MEASURES.items()
+    for name in (*CONTROLS, "subnetwork / random, own")
 }
 
 
@@ -376,11 +374,10 @@ def figures_of(rows: pd.DataFrame) -> pd.DataFrame:
     keys = ["seed", "block", "fit"]
     found = rows[rows["kind"] == "fit"].set_index(keys)[["loss", "dimension", "dead", "in_use"]]
     of_directions = rows[rows["kind"] == "direction"].groupby([*keys, "control"])
-    first, at_step = (of_directions[column].median().unstack("control") for column in ("first", "at_step"))
-    found = found.join(first[list(CONTROLS)])
-    found["ratio"] = first["subnetwork"] / first["random, own"]
-    found["at_step"] = at_step["subnetwork"]
-    found["ratio_at_step"] = at_step["subnetwork"] / at_step["random, own"]
+    for measure in MEASURES:
+        medians = of_directions[measure].median().unstack("control")
+        medians["subnetwork / random, own"] = medians["subnetwork"] / medians["random, own"]
+        found = found.join(medians.add_suffix(f" {measure}"))
     return found.reset_index()
 
 
@@ -455,9 +452,9 @@ def summarise(rows: pd.DataFrame) -> Summary:
     means = figures.groupby(["seed", "block"])[["loss", "dimension"]].mean()
     ranks = [float(spearmanr(part["loss"], part["dimension"])[0]) for _, part in means.groupby("seed")]
     verdict["rank correlation of L with effective dimension, six blocks"] = spread(ranks, "{:.2f}")
-    verdict["seeds and blocks where subnetworks are above random, own"] = float(
-        (figures.groupby(["seed", "block"])["ratio"].mean() > 1).mean()
-    )
+    for measure, called in MEASURES.items():
+        above = figures.groupby(["seed", "block"])[f"subnetwork / random, own {measure}"].mean() > 1
+        verdict[f"seeds and blocks where subnetworks are above random, own, {called}"] = float(above.mean())
     for kind in ("fits", "seeds"):
         mine = apart[apart["kind"] == kind]
         verdict[f"P_act, KS between {kind}"] = spread(mine["ks"], "{:.2f}")
@@ -480,8 +477,11 @@ def summarise(rows: pd.DataFrame) -> Summary:
 
 def draw(rows: pd.DataFrame, figures: pd.DataFrame, found: pd.DataFrame) -> Figure:
     """Loss against effective dimension; selectivity; sorted P_act; effects in units of the noise."""
-    figure = Figure(figsize=(12, 8.6), layout="constrained")
-    (loss, select), (use, map_) = figure.subplots(2, 2)
+    figure = Figure(figsize=(14, 9), layout="constrained")
+    grid = figure.add_gridspec(2, 3, height_ratios=(0.8, 1))
+    loss, one = (figure.add_subplot(grid[0, i]) for i in range(2))
+    select = one, figure.add_subplot(grid[0, 2], sharey=one)
+    use, map_ = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1:])
     for colour, block in zip(COLOURS, BLOCKS, strict=False):
         mine = figures[figures["block"] == block]
         loss.plot(mine["dimension"], mine["loss"], "o", color=colour, markersize=5, alpha=0.7, label=block)
@@ -492,25 +492,29 @@ def draw(rows: pd.DataFrame, figures: pd.DataFrame, found: pd.DataFrame) -> Figu
         use.fill_between(places, lines.min(0), lines.max(0), color=colour, alpha=0.12, linewidth=0)
     loss.set(xlabel="effective dimension of the gradients", ylabel="L on held-out samples", title="a dot: one fit")
     loss.legend(frameon=False, fontsize=8.5)
-    use.set(xlabel="subnetwork, most active first", ylabel="P_act", title="mean and range of all fits")
-    use.set_ylim(0, None)
-    for colour, control, shift in zip(COLOURS, CONTROLS, (-0.24, -0.08, 0.08, 0.24), strict=False):
-        means = figures.groupby(["block", "seed"])[control].mean().unstack("seed").loc[list(BLOCKS)]
-        at = np.arange(len(BLOCKS)) + shift
-        for seed in means:
-            select.plot(at, means[seed], "o", color=colour, markersize=3, alpha=0.5)
-        select.plot(at, means.mean(axis=1), "_", color=colour, markersize=13, markeredgewidth=2.2, label=control)
-    select.axhline(1, color="#8c959f", linewidth=0.7, zorder=0)
-    select.set_yscale("log")
-    select.set_xticks(range(len(BLOCKS)), [block.replace(", ", ",\n") for block in BLOCKS], fontsize=8.5)
-    select.set(ylabel="selectivity", title="medians; a dot: one seed")
-    select.legend(frameon=False, fontsize=8.5)
+    use.set(xlabel="subnetwork, most active first", ylabel="P_act", title="mean and range of all fits", ylim=(0, None))
+    for axes, (measure, called) in zip(select, MEASURES.items(), strict=True):
+        for colour, control, shift in zip(COLOURS, CONTROLS, (-0.24, -0.08, 0.08, 0.24), strict=False):
+            means = figures.groupby(["block", "seed"])[f"{control} {measure}"].mean().unstack("seed").loc[list(BLOCKS)]
+            at = np.arange(len(BLOCKS)) + shift
+            for seed in means:
+                axes.plot(at, means[seed], "o", color=colour, markersize=3, alpha=0.5)
+            axes.plot(at, means.mean(axis=1), "_", color=colour, markersize=11, markeredgewidth=2.2, label=control)
+        axes.axhline(1, color="#8c959f", linewidth=0.7, zorder=0)
+        axes.set_yscale("log")
+        ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10)
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xticks(range(len(BLOCKS)), [block.replace(", ", ",\n") for block in BLOCKS], fontsize=8)
+        axes.set(ylabel="selectivity", title=f"by {called}; medians; a dot: one seed")
+    select[0].legend(frameon=False, fontsize=8.5, loc="lower left")
     size = (found["effect"] / found["spread"]).to_numpy().reshape(len(QUANTITIES), len(FACTORS))
     counts = found["counts"].to_numpy().reshape(size.shape)
     map_.imshow(np.clip(np.nan_to_num(size), -8, 8), cmap="RdBu_r", vmin=-8, vmax=8, aspect="auto")
     for i, j in np.ndindex(size.shape):
         weight, colour = ("bold" if counts[i, j] else "normal"), ("white" if abs(size[i, j]) > 5.5 else "black")
-        map_.text(j, i, f"{size[i, j]:+.1f}", ha="center", va="center", fontsize=8.5, color=colour, fontweight=weight)
+        text = f"{size[i, j]:+.1f}" if np.isfinite(size[i, j]) else "–"
+        map_.text(j, i, text, ha="center", va="center", fontsize=8.5, color=colour, fontweight=weight)
     map_.set_xticks(range(len(FACTORS)), [factor.replace(", ", ",\n").replace(" or ", "\nor ") for factor in FACTORS])
     map_.set_yticks(range(len(QUANTITIES)), list(QUANTITIES.values()))
     map_.tick_params(labelsize=8.5)
