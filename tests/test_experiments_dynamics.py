@@ -1,13 +1,16 @@
 """Experiment dynamics: its measures where the answer is known, and the command end to end."""
 
 import math
+from itertools import product
 
 import pandas as pd
 import pytest
 import torch
 
+from datamodules.text import TextData
 from l3d_pl.cli import main
 from l3d_pl.experiments.dynamics import NEW_NAMES, NewNames, attributed, coordinates, fates, share_in_span, shares
+from l3d_pl.experiments.text import Backwards
 
 ALIVE = torch.ones(3, dtype=torch.bool)
 
@@ -81,8 +84,23 @@ def test_new_names_are_the_old_ones_for_the_first_half() -> None:
     assert all(NEW_NAMES[i] != i for i in range(5, 10))
 
 
+def test_text_is_read_backwards() -> None:
+    settings = {"vocabulary": 1000, "length": 16}
+    there, all_back, half_back = TextData(**settings), Backwards(**settings), Backwards(every=2, **settings)
+    for data in (there, all_back, half_back):
+        data.setup()
+    for part in ("train", "validation"):
+        given, turned, mixed = (getattr(data, part)[torch.arange(3, 9)] for data in (there, all_back, half_back))
+        tokens = given["input_ids"]
+        assert not torch.equal(tokens, tokens.flip(1))
+        assert torch.equal(turned["input_ids"], tokens.flip(1))
+        assert torch.equal(turned["sample_mask"], given["sample_mask"].flip(1))
+        assert torch.equal(mixed["input_ids"][::2], tokens[::2])  # rows 3, 5, 7
+        assert torch.equal(mixed["input_ids"][1::2], tokens[1::2].flip(1))
+
+
 def test_shares_count_the_living() -> None:
-    facts = {"seed": 0, "arm": "scratch", "from": 0, "to": 1}
+    facts = {"task": "digits", "seed": 0, "arm": "scratch", "from": 0, "to": 1}
     rows = [facts | {"kind": "match", "cos": cos, "p_act": 0.1, "other_p_act": 0.1} for cos in (-0.9, 0.5)]
     rows += [facts | {"kind": "fate", "side": "before", "fate": fate} for fate in ("persists", "vanishes", "dead")]
     rows += [facts | {"kind": "fate", "side": "after", "fate": fate} for fate in ("persists", "appears", "appears")]
@@ -97,7 +115,9 @@ def test_command(tmp_path, capsys) -> None:
     assert main(["experiment", "dynamics", "--tiny", "--seed", "1", "--output", str(tmp_path)]) == 0
     assert "another seed" in capsys.readouterr().out
     rows = pd.read_csv(tmp_path / "seed_1" / "rows.csv")
-    assert set(rows[rows["kind"] == "task"]["to"]) == {0, 1, 3}
+    losses = rows[rows["kind"] == "task"]
+    assert set(losses[["task", "to"]].itertuples(index=False, name=None)) == set(product(("digits", "text"), (0, 1, 3)))
+    assert losses.groupby("task")["loss"].nunique().tolist() == [3, 3]  # it is being trained
     assert set(rows[rows["kind"] == "match"]["arm"]) == {"scratch", "another seed", "going on", "unchanged", "random"}
     assert (rows[rows["kind"] == "match"]["cos"].abs() <= 1.0001).all()
     assert (tmp_path / "dynamics.png").stat().st_size > 5000

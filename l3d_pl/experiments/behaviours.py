@@ -7,18 +7,20 @@ Samples have a *context* (an image its class, a token position the token there) 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from datamodules.digits import DigitsData
 from datamodules.loading import Batch, Rows, exact_loader
 from datamodules.text import TextData
 from l3d_pl.experiments.text import Text
+from l3d_pl.gradients.forward import call_model, inputs_of
 
 WORD = re.compile(r" [a-z]{2,}")
 CONTEXTS, FOLLOWERS = 20, 10  # b is one of so many words that has so many that follow it; a one of these, not the first
@@ -55,6 +57,15 @@ def read(batch: Batch, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return values, batch["labels"], batch["labels"]
     tokens, counted = batch["input_ids"], batch["sample_mask"][:, :-1]
     return values[:, :-1][counted], tokens[:, :-1][counted], tokens[:, 1:][counted]
+
+
+def outputs_at(target: nn.Module, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    """A model's outputs with these tensors in the place of its own."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(target, dict(tensors), args, kwargs)
+
+    return call_model(run, inputs_of(batch))  # type: ignore[arg-type]
 
 
 def digits(n: int, seed: int) -> list[Behaviour]:

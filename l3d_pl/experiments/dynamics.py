@@ -1,18 +1,19 @@
 """L3D along a fine-tuning run: what persists, appears, vanishes? (docs/experiments/dynamics.md)
 
-The digits CNN is fine-tuned until the last five classes have changed names. At checkpoints it is decomposed, from
-scratch and from where the checkpoint before ended; the subnetworks are matched. How well two fits match *where nothing
-changed* is the noise: another seed (from scratch), as many more steps (going on).
+The digits CNN is fine-tuned until the last five classes have changed names, the text LM on text that is read backwards.
+At checkpoints it is decomposed, from scratch and from where the checkpoint before ended; the subnetworks are matched.
+How well two fits match *where nothing changed* is the noise: another seed (scratch), as many more steps (going on).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import numpy as np
@@ -21,14 +22,16 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from datamodules.digits import DigitsData
 from datamodules.loading import Rows
+from l3d_pl.analysis.outputs import outputs_of
 from l3d_pl.analysis.stability import cosines, match
 from l3d_pl.decomposition import Decomposition
+from l3d_pl.experiments.behaviours import outputs_at, read
 from l3d_pl.experiments.common import COLOURS, Summary, Toy, doing, load_toy, spread
+from l3d_pl.experiments.text import Backwards, load_text
 from l3d_pl.lightning_module import L3D
 from l3d_pl.subnetworks import Subnetworks
 from l3d_pl.targets.training import TargetTraining
@@ -36,6 +39,7 @@ from l3d_pl.toys import fit_quietly
 
 ARMS = ("scratch", "another seed", "going on", "unchanged", "random")
 NEW_NAMES = (0, 1, 2, 3, 4, 6, 7, 8, 9, 5)
+MOST = 1500  # images or sequences that gradients of the new task are taken on
 
 
 @dataclass(frozen=True)
@@ -43,23 +47,30 @@ class Settings:
     """What can be set.
 
     Args:
+        tasks: the digits CNN, the text LM.
         n_subnetworks: n_v.
         fit_steps: of a decomposition from scratch; going on takes half as many.
         checkpoints: steps of fine-tuning at which the network is decomposed, besides 0.
         lr: of fine-tuning (AdamW, constant, all parameters).
         same: |cos| above which two subnetworks count as one.
-        target_epochs: training of the network before; one of its own for every seed.
+        target_epochs: training of the digits CNN before; one of its own for every seed.
+        text_fit_steps: `fit_steps` of the text LM.
+        text_target_steps: training of the text LM before; one of its own for every seed.
     """
 
+    tasks: tuple[Literal["digits", "text"], ...] = ("digits", "text")
     n_subnetworks: int = 40
     fit_steps: int = 100
     checkpoints: tuple[int, ...] = (20, 100)
     lr: float = 0.001
     same: float = 0.7
     target_epochs: int = 20
+    text_fit_steps: int = 80
+    text_target_steps: int = 600
 
 
 TINY = {"n_subnetworks": 5, "fit_steps": 4, "checkpoints": [1, 3], "target_epochs": 1}
+TINY |= {"text_fit_steps": 2, "text_target_steps": 2}
 
 
 # -- the model that changes --------------------------------------------------------------------------------------------
@@ -78,6 +89,34 @@ class NewNames(DigitsData):
         self.train, (self.validation, self.test) = renamed[0], (renamed[1], renamed[1])
 
 
+@dataclass
+class Shift:
+    """A model, and the task that it is fine-tuned on.
+
+    Attributes:
+        toy: the model before.
+        loss: of the training, a name that `TargetTraining` knows.
+        new: data of the new task, by seed.
+        seen: data that the model is decomposed on, the same at all checkpoints.
+        fit_steps: of a decomposition.
+    """
+
+    toy: Toy
+    loss: Literal["cross_entropy", "next_token"]
+    new: Callable[..., Any]
+    seen: Callable[..., Any]
+    fit_steps: int
+
+
+def load_shift(task: str, settings: Settings, output: Path, seed: int) -> Shift:
+    if task == "digits":
+        toy = load_toy("digits_cnn", seed, output, ["--trainer.max_epochs", str(settings.target_epochs)])
+        return Shift(toy, "cross_entropy", NewNames, DigitsData, settings.fit_steps)
+    text = load_text(seed, output, settings.text_target_steps)
+    new, seen = partial(Backwards, **text.data), partial(Backwards, every=2, **text.data)
+    return Shift(text, "next_token", new, seen, settings.text_fit_steps)
+
+
 class Keep(L.Callback):
     """Copies of the model, in eval mode and frozen, after the given steps."""
 
@@ -90,15 +129,14 @@ class Keep(L.Callback):
             self.models[trainer.global_step] = copy.deepcopy(cast(nn.Module, module.model)).eval().requires_grad_(False)
 
 
-def fine_tune(model: nn.Module, checkpoints: Sequence[int], lr: float, seed: int) -> dict[int, nn.Module]:
-    """The model after 0 and after so many steps on the new names, {steps: model}."""
+def fine_tune(shift: Shift, checkpoints: Sequence[int], lr: float, seed: int) -> dict[int, nn.Module]:
+    """The model after 0 and after so many steps on the new task, {steps: model}."""
     kept = Keep(checkpoints)
     torch.manual_seed(seed)
-    training = TargetTraining(
-        copy.deepcopy(model).requires_grad_(True), loss="cross_entropy", lr=lr, schedule="constant"
-    )
-    fit_quietly(training, NewNames(seed=seed), max_steps=max(checkpoints), limit_val_batches=0, callbacks=[kept])
-    return {0: model, **kept.models}
+    model = copy.deepcopy(shift.toy.target).requires_grad_(True)
+    training = TargetTraining(model, loss=shift.loss, lr=lr, schedule="constant")
+    fit_quietly(training, shift.new(seed=seed), max_steps=max(checkpoints), limit_val_batches=0, callbacks=[kept])
+    return {0: shift.toy.target, **kept.models}
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------
@@ -161,22 +199,26 @@ def share_in_span(v: Tensor, step: Tensor) -> float:
 
 def run(settings: Settings, output: Path, seed: int) -> list[dict[str, Any]]:
     """Rows by `kind`: `match` (pairs), `fate` and `part` (every subnetwork), `task` (every checkpoint), `path`."""
-    doing("target")
-    toy = load_toy("digits_cnn", seed, output, ["--trainer.max_epochs", str(settings.target_epochs)])
-    doing("fine-tuning")
-    models = fine_tune(toy.target, settings.checkpoints, settings.lr, seed)
+    return [{"task": task} | row for task in settings.tasks for row in _task(task, settings, output, seed)]
+
+
+def _task(task: str, settings: Settings, output: Path, seed: int) -> list[dict[str, Any]]:
+    doing(f"{task}, target")
+    shift = load_shift(task, settings, output, seed)
+    doing(f"{task}, fine-tuning")
+    models = fine_tune(shift, settings.checkpoints, settings.lr, seed)
     steps = sorted(models)
     scratch, going_on, unchanged = {}, {}, {}
     for step in steps:
-        doing(f"from scratch at {step}")
-        scratch[step] = _fit(settings, toy, models[step], seed)
-    doing("another seed")
-    another = _fit(settings, toy, models[0], seed + 1000)
+        doing(f"{task}, from scratch at {step}")
+        scratch[step] = _fit(settings, shift, models[step], seed)
+    doing(f"{task}, another seed")
+    another = _fit(settings, shift, models[0], seed + 1000)
     going_on[0] = unchanged[0] = scratch[0]
     for last, step in pairwise(steps):
-        doing(f"going on at {step}")
-        going_on[step] = _fit(settings, toy, models[step], seed, going_on[last])
-        unchanged[step] = _fit(settings, toy, models[0], seed, unchanged[last])
+        doing(f"{task}, going on at {step}")
+        going_on[step] = _fit(settings, shift, models[step], seed, going_on[last])
+        unchanged[step] = _fit(settings, shift, models[0], seed, unchanged[last])
 
     found = {step: module.decomposition() for step, module in scratch.items()}
     rows: list[dict[str, Any]] = []
@@ -187,20 +229,20 @@ def run(settings: Settings, output: Path, seed: int) -> list[dict[str, Any]]:
             rows += _compared(arm, a, b, chain[a].decomposition(), chain[b].decomposition(), settings.same)
     rows += _compared("another seed", 0, 0, found[0], another.decomposition(), settings.same)
     rows += _compared("random", 0, 0, found[0], _random(found[0], seed), settings.same)
-    return rows + _task_rows(found[0], going_on[steps[-1]].decomposition(), models, NewNames(seed=seed))
+    return rows + _task_rows(found[0], going_on[steps[-1]].decomposition(), models, shift.new(seed=seed))
 
 
-def _fit(settings: Settings, toy: Toy, model: nn.Module, seed: int, start: L3D | None = None) -> L3D:
+def _fit(settings: Settings, shift: Shift, model: nn.Module, seed: int, start: L3D | None = None) -> L3D:
     """A decomposition of `model`: from scratch, or from the subnetworks of another fit."""
-    given = toy.model | {"target": model, "n_subnetworks": settings.n_subnetworks}
-    steps = settings.fit_steps
+    given = shift.toy.model | {"target": model, "n_subnetworks": settings.n_subnetworks}
+    steps = shift.fit_steps
     if start is not None:
         given |= {"init": "random", "scale_start": False, "k_start": 1.0, "swap_every": 0, "revive_every": 0}
         steps = max(1, steps // 2)
     module = L3D(**given, seed=seed)
     if start is not None:
         module.subnetworks.load_state_dict(start.subnetworks.state_dict())
-    fit_quietly(module, DigitsData(seed=seed), max_steps=steps)
+    fit_quietly(module, shift.seen(seed=seed), max_steps=steps)
     module.ensure_validated()
     return module
 
@@ -238,24 +280,23 @@ def _compared(
 
 
 def _task_rows(
-    first: Decomposition, last: Decomposition, models: Mapping[int, nn.Module], data: DigitsData
+    first: Decomposition, last: Decomposition, models: Mapping[int, nn.Module], data: Any
 ) -> list[dict[str, Any]]:
     """Loss and accuracy of the new task at each checkpoint; each subnetwork's part in the change, and how it turned."""
     data.setup()
     rows: list[dict[str, Any]] = []
+    batch = data.validation[torch.arange(len(data.validation))]
     for step in sorted(models):
-        batch = data.test[torch.arange(len(data.test))]  # type: ignore[arg-type]
-        with torch.no_grad():
-            logits = models[step](batch["inputs"])
-        loss = float(cross_entropy(logits, batch["labels"]))
-        right = float((logits.argmax(1) == batch["labels"]).double().mean())
-        rows.append({"kind": "task", "to": step, "loss": loss, "accuracy": right})
+        logits, _, right = read(batch, outputs_of(models[step], batch))
+        accuracy = float((logits.argmax(1) == right).double().mean())
+        rows.append({"kind": "task", "to": step, "loss": float(cross_entropy(logits, right)), "accuracy": accuracy})
     names, path, gradients = list(first.subnetworks.shapes), [], []
-    batch = data.train[torch.arange(len(data.train))]  # type: ignore[arg-type]
+    batch = data.train[torch.arange(min(len(data.train), MOST))]
     for step in sorted(models):
         tensors = {name: tensor.detach().requires_grad_() for name, tensor in models[step].named_parameters()}
         with torch.enable_grad():
-            total = cross_entropy(functional_call(models[step], tensors, (batch["inputs"],)), batch["labels"])
+            logits, _, right = read(batch, outputs_at(models[step], tensors, batch))
+            total = cross_entropy(logits, right)
             slopes = torch.autograd.grad(total, [tensors[name] for name in names])
         path.append(flat(tensors, names))
         gradients.append(flat(dict(zip(names, slopes, strict=True)), names))
@@ -291,9 +332,9 @@ def _task_rows(
 
 
 def shares(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of every seed and comparison: mean |cos| of the matched; shares that persist, vanish, appear; P_act alike?"""
+    """Of every task, seed and comparison: mean |cos| of the matched; who persists, vanishes, appears; P_act alike?"""
     result = []
-    keys = ["seed", "arm", "from", "to"]
+    keys = ["task", "seed", "arm", "from", "to"]
     for key, part in rows[rows["kind"].isin(["match", "fate"])].groupby(keys, sort=False):
         matched, sides = part[part["kind"] == "match"], {}
         for side in ("before", "after"):
@@ -322,22 +363,30 @@ def _rank_correlation(a: Any, b: Any) -> float:
 
 def summarise(rows: pd.DataFrame) -> Summary:
     """Each arm and pair of checkpoints; whether the subnetworks that turn are those that carry the new task's loss."""
-    found, table = shares(rows), []
-    order = {arm: i for i, arm in enumerate(ARMS)}
-    groups = sorted(found.groupby(["arm", "from", "to"], sort=False), key=lambda item: (order[item[0][0]], item[0][1:]))
-    for (arm, a, b), part in groups:
-        table.append(
-            {"arm": arm, "checkpoints": f"{int(a)} to {int(b)}", "alive": spread(part["alive"], "{:.0f}")}
-            | {"cos, absolute": spread(part["cos"], "{:.2f}")}
-            | {name: spread(100 * part[name], "{:.0f}") + " %" for name in ("persists", "vanishes", "appears")}
-            | {"P_act, rank correlation": spread(part["p_act"], "{:.2f}")}
+    table, order = [], {arm: i for i, arm in enumerate(ARMS)}
+    verdict: dict[str, Any] = {}
+    for task, of_task in rows.groupby("task", sort=False):
+        found = shares(of_task)
+        groups = sorted(
+            found.groupby(["arm", "from", "to"], sort=False), key=lambda item: (order[item[0][0]], item[0][1:])
         )
-    parts, task = rows[rows["kind"] == "part"], rows[rows["kind"] == "task"]
+        for (arm, a, b), part in groups:
+            table.append(
+                {"task": task, "arm": arm, "checkpoints": f"{int(a)} to {int(b)}"}
+                | {"alive": spread(part["alive"], "{:.0f}"), "cos, absolute": spread(part["cos"], "{:.2f}")}
+                | {name: spread(100 * part[name], "{:.0f}") + " %" for name in ("persists", "vanishes", "appears")}
+                | {"P_act, rank correlation": spread(part["p_act"], "{:.2f}")}
+            )
+        verdict |= {f"{task}: {name}": value for name, value in _verdict(of_task, found).items()}
+    return Summary(pd.DataFrame(table), {"dynamics": _plot(rows)}, verdict)
+
+
+def _verdict(rows: pd.DataFrame, found: pd.DataFrame) -> dict[str, Any]:
+    parts, task, paths = (rows[rows["kind"] == kind] for kind in ("part", "task", "path"))
     alive = parts[parts["p_act"] > 0]
     turned = [_rank_correlation(1 - part["cos"], part["part"].abs()) for _, part in alive.groupby("seed")]
     use = [_rank_correlation(part["p_act"], part["part"].abs()) for _, part in alive.groupby("seed")]
     last = int(task["to"].max())
-    paths = rows[rows["kind"] == "path"]
     ends = {b: task[task["to"] == b].set_index("seed") for b in (0, last)}
     verdict: dict[str, Any] = {
         "new task, loss before": float(ends[0]["loss"].mean()),
@@ -356,21 +405,25 @@ def summarise(rows: pd.DataFrame) -> Summary:
         its = found[(found["arm"] == noise) & (found["to"].isin([0, last])) & (found["from"] == 0)]
         its = its.sort_values("to").groupby("seed").last()
         verdict[f"|cos|, {arm} minus {noise}"] = spread(mine["cos"] - its["cos"], "{:.2f}")
-    return Summary(pd.DataFrame(table), {"dynamics": _plot(rows, alive, last)}, verdict)
+    return verdict
 
 
-def _plot(rows: pd.DataFrame, parts: pd.DataFrame, last: int) -> Figure:
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    matched = rows[(rows["kind"] == "match") & (rows["from"] == 0) & rows["to"].isin([0, last])]
-    for colour, arm in zip(COLOURS, ARMS, strict=False):
-        cos = np.sort(matched[matched["arm"] == arm]["cos"].abs().to_numpy())[::-1]
-        style = "-" if arm in ("scratch", "going on") else "--"
-        left.plot(np.linspace(0, 100, len(cos)), cos, style, color=colour, label=arm)
-    left.set(xlabel="matched pairs, best first, %", ylabel="|cos|", ylim=(0, 1.03), title=f"checkpoints 0 and {last}")
-    left.legend(frameon=False, fontsize=8)
-    right.scatter(parts["part"].abs(), 1 - parts["cos"], s=10, color=COLOURS[0], alpha=0.6)
-    right.set(
-        xscale="log", xlabel="|part in the new task's loss|, nats", ylabel="1 − |cos|, going on", title="all seeds"
-    )
+def _plot(rows: pd.DataFrame) -> Figure:
+    tasks = list(rows["task"].unique())
+    figure = Figure(figsize=(9, 3.4 * len(tasks)), layout="constrained")
+    for task, (left, right) in zip(tasks, figure.subplots(len(tasks), 2, squeeze=False), strict=True):
+        of_task = rows[rows["task"] == task]
+        last = int(of_task[of_task["kind"] == "task"]["to"].max())
+        matched = of_task[(of_task["kind"] == "match") & (of_task["from"] == 0) & of_task["to"].isin([0, last])]
+        for colour, arm in zip(COLOURS, ARMS, strict=False):
+            cos = np.sort(matched[matched["arm"] == arm]["cos"].abs().to_numpy())[::-1]
+            style = "-" if arm in ("scratch", "going on") else "--"
+            left.plot(np.linspace(0, 100, len(cos)), cos, style, color=colour, label=arm)
+        left.set(xlabel="matched pairs, best first, %", ylabel="|cos|", ylim=(0, 1.03))
+        left.set(title=f"{task}, checkpoints 0 and {last}")
+        left.legend(frameon=False, fontsize=8)
+        parts = of_task[(of_task["kind"] == "part") & (of_task["p_act"] > 0)]
+        right.scatter(parts["part"].abs(), 1 - parts["cos"], s=10, color=COLOURS[0], alpha=0.6)
+        right.set(xscale="log", xlabel="|part in the new task's loss|, nats", ylabel="1 − |cos|, going on")
+        right.set(title=f"{task}, all seeds")
     return figure

@@ -23,7 +23,6 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy, kl_div
 
 from datamodules.loading import Batch
@@ -31,10 +30,9 @@ from l3d_pl.analysis.interventions import random_directions
 from l3d_pl.analysis.outputs import Direction, outputs_of, pushed
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.experiments import behaviours
-from l3d_pl.experiments.behaviours import Behaviour, read
+from l3d_pl.experiments.behaviours import Behaviour, outputs_at, read
 from l3d_pl.experiments.common import COLOURS, Summary, doing, load_toy
 from l3d_pl.experiments.text import ATTENTION, load_text
-from l3d_pl.gradients.forward import call_model, inputs_of
 from l3d_pl.toys import fit_quietly
 
 STRENGTHS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
@@ -146,7 +144,7 @@ class Tuning(L.LightningModule):
         a, b = self.pair
         tensors = dict(self.target.named_parameters())
         moved = {name: tensors[name] + value for name, value in self.shift().items()}
-        logits, context, _ = read(batch, _outputs(self.target, moved, batch))
+        logits, context, _ = read(batch, outputs_at(self.target, moved, batch))
         chosen = context == b
         loss = cross_entropy(logits[chosen], torch.full((int(chosen.sum()),), a), reduction="sum")
         loss = loss / chosen.sum().clamp_min(1)
@@ -307,20 +305,11 @@ def _pair_rows(
     return rows
 
 
-def _outputs(target: nn.Module, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
-    """Outputs with these tensors in the place of the target's own."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(target, dict(tensors), args, kwargs)
-
-    return call_model(run, inputs_of(batch))  # type: ignore[arg-type]
-
-
 def _gradient(target: nn.Module, names: Mapping[str, Any], behaviour: Behaviour) -> dict[str, Tensor]:
     """Gradient of the mean −log p(a) over the training samples of context b."""
     tensors = {name: tensor.detach().requires_grad_() for name, tensor in target.named_parameters() if name in names}
     with torch.enable_grad():
-        logits, context, _ = read(behaviour.train, _outputs(target, tensors, behaviour.train))
+        logits, context, _ = read(behaviour.train, outputs_at(target, tensors, behaviour.train))
         logits = logits[context == behaviour.b]
         loss = cross_entropy(logits, torch.full((len(logits),), behaviour.a))
         return dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values())), strict=True))
