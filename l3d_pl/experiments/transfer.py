@@ -491,7 +491,7 @@ def draw(rows: pd.DataFrame, figures: pd.DataFrame, found: pd.DataFrame) -> Figu
         use.plot(places, lines.mean(0), color=colour, label=block)
         use.fill_between(places, lines.min(0), lines.max(0), color=colour, alpha=0.12, linewidth=0)
     loss.set(xlabel="effective dimension of the gradients", ylabel="L on held-out samples", title="a dot: one fit")
-    loss.legend(frameon=False, fontsize=8.5)
+    loss.legend(frameon=False, fontsize=8.5, loc="lower right")
     use.set(xlabel="subnetwork, most active first", ylabel="P_act", title="mean and range of all fits", ylim=(0, None))
     for axes, (measure, called) in zip(select, MEASURES.items(), strict=True):
         for colour, control, shift in zip(COLOURS, CONTROLS, (-0.24, -0.08, 0.08, 0.24), strict=False):
