@@ -112,7 +112,7 @@ TINY = {
     "text_steps": 2,
     "image_epochs": 1,
     "samples": 80,
-    "directions": 2,
+    "directions": 1,
     "random": 1,
 }
 
