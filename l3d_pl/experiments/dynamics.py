@@ -421,9 +421,9 @@ def _plot(rows: pd.DataFrame) -> Figure:
             left.plot(np.linspace(0, 100, len(cos)), cos, style, color=colour, label=arm)
         left.set(xlabel="matched pairs, best first, %", ylabel="|cos|", ylim=(0, 1.03))
         left.set(title=f"{task}, checkpoints 0 and {last}")
-        left.legend(frameon=False, fontsize=8)
         parts = of_task[(of_task["kind"] == "part") & (of_task["p_act"] > 0)]
         right.scatter(parts["part"].abs(), 1 - parts["cos"], s=10, color=COLOURS[0], alpha=0.6)
         right.set(xscale="log", xlabel="|part in the new task's loss|, nats", ylabel="1 − |cos|, going on")
         right.set(title=f"{task}, all seeds")
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=len(ARMS))
     return figure
