@@ -20,12 +20,12 @@ from l3d_pl.batch_topk import RunningThreshold, batch_topk, check_k
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.divergence import REFERENCES, Divergence
 from l3d_pl.errors import L3DError, require_choice
-from l3d_pl.gradients import Extraction, GradientExtractor, SampleGradient, concatenate
+from l3d_pl.gradients import Extraction, GradientExtractor, SampleGradient
 from l3d_pl.gradients.forward import inputs_of, tensors_of
 from l3d_pl.initialisation import start_from_gradients
 from l3d_pl.metrics import Activity, Reconstruction
 from l3d_pl.parallel import ALONE, Ranks
-from l3d_pl.repair import Anchor, candidates, replace, scale_readers, state_of, swap
+from l3d_pl.repair import Anchor, anchors_of, revive, scale_readers, swap
 from l3d_pl.sharded import auxiliary_loss, decompose, loss_per_parameter, reconstruct, share_gradients
 from l3d_pl.step import Step
 from l3d_pl.strategies import register, writable_parameters, zero_optimizer_state
@@ -395,43 +395,27 @@ class L3D(L.LightningModule):
                 break
         if seen == 0:
             raise L3DError("data: the training set is empty")
-        joined = {name: concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
-        everything = self.subnetworks.prepare(joined)
-        good = torch.isfinite(everything.sample_energies()).nonzero().squeeze(1)
-        if min(len(good), self.init_samples) < self.subnetworks.n_subnetworks and self.init == "gradients":
+        if not parts:
+            raise L3DError(f"data: none of the first {seen} training samples has a finite gradient")
+        anchors = anchors_of(parts, self.subnetworks, self.init_samples, self.swap_samples)
+        found = anchors[0].prepared.n_samples
+        if found < self.subnetworks.n_subnetworks and self.init == "gradients":
             raise L3DError(
-                f"init: 'gradients' needs at least n_subnetworks = {self.subnetworks.n_subnetworks} samples, "
-                f"found {len(good)} training samples and init_samples = {self.init_samples}; allowed then is 'random'"
+                f"init: 'gradients' needs at least n_subnetworks = {self.subnetworks.n_subnetworks} samples, found "
+                f"{found} (init_samples = {self.init_samples}, training samples {seen}); allowed then is 'random'"
             )
-        judge = self.subnetworks.prepare({name: g.select(good[-self.swap_samples :]) for name, g in joined.items()})
-        anchors = []
-        for r in range(self.subnetworks.restarts):
-            # Restarts share samples only where the data set is too small for a set of their own each.
-            take = (torch.arange(min(self.init_samples, len(good))) + r * self.init_samples) % len(good)
-            index = good[take.to(good.device)]
-            prepared = self.subnetworks.prepare({name: g.select(index) for name, g in joined.items()})
-            anchors.append(Anchor(prepared, prepared.gram(), judge))
         return anchors
 
     def _swap(self) -> None:
-        found = [
-            swap(self.subnetworks, r, anchor, self.k, self._random["repair"]) for r, anchor in enumerate(self._anchors)
-        ]
+        random = self._random["repair"]
+        found = [swap(self.subnetworks, r, anchor, self.k, random) for r, anchor in enumerate(self._anchors)]
         self._replaced([index for index in found if index is not None])
 
     @torch.no_grad()
     def _revive(self) -> None:
-        dead, replaced = self.dead(), []
-        for restart, anchor in enumerate(self._anchors):
-            slots = dead[restart].nonzero().squeeze(1).tolist()
-            if not slots:
-                continue
-            state = state_of(self.subnetworks, restart, anchor.prepared, self.current_k())
-            new = candidates(
-                self.subnetworks, restart, anchor, state, len(slots), self.current_k(), self._random["repair"]
-            )
-            replaced += [replace(self.subnetworks, restart, slot, new, which=which) for which, slot in enumerate(slots)]
-        self._replaced(replaced)
+        dead, k, random = self.dead(), self.current_k(), self._random["repair"]
+        found = [revive(self.subnetworks, r, anchor, dead[r], k, random) for r, anchor in enumerate(self._anchors)]
+        self._replaced([index for some in found for index in some])
 
     def _replaced(self, indices: list[int]) -> None:
         """These subnetworks (of R * n_v) are new, says the first rank: the others take them from it."""

@@ -13,7 +13,7 @@ overlap, so that a copy would take up the other subnetworks' part too, and the r
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from l3d_pl import sharded
 from l3d_pl.batch_topk import batch_topk, n_selected
+from l3d_pl.gradients import SampleGradient, concatenate
 from l3d_pl.initialisation import low_rank_unit
 from l3d_pl.subnetworks import Prepared, Subnetworks, View
 from l3d_pl.tucker import Tucker, truncate
@@ -42,6 +43,31 @@ class Anchor:
     prepared: Prepared
     gram: Tensor
     judge: Prepared
+
+
+def anchors_of(
+    parts: Sequence[dict[str, SampleGradient]], subnetworks: Subnetworks, n_start: int, n_judge: int
+) -> list[Anchor]:
+    """An anchor for each restart from the gradients of the first samples, without those that are not finite.
+
+    Args:
+        parts: the gradients batch by batch; they are taken out, as there may be no room for them twice.
+        n_start: samples that each restart has to itself, as far as there are so many.
+        n_judge: of the last samples, those that judge; common to all restarts.
+    """
+    joined = {name: concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
+    good = torch.isfinite(subnetworks.prepare(joined).sample_energies()).nonzero().squeeze(1)
+
+    def take(index: Tensor) -> Prepared:
+        return subnetworks.prepare({name: gradient.select(index) for name, gradient in joined.items()})
+
+    judge, anchors = take(good[-n_judge:]), []
+    for restart in range(subnetworks.restarts):
+        # Restarts share samples only where the data set is too small for a set of their own each.
+        own = (torch.arange(min(n_start, len(good))) + restart * n_start) % len(good)
+        prepared = take(good[own.to(good.device)])
+        anchors.append(Anchor(prepared, prepared.gram(), judge))
+    return anchors
 
 
 @dataclass
@@ -127,6 +153,19 @@ def candidates(
     for name, mixed in subnetworks.combine(weights @ codes, restart).items():  # sum_i weights_i V_out codes_i
         dense[name] = dense[name] - mixed
     return low_rank_unit(dense, subnetworks)
+
+
+@torch.no_grad()
+def revive(
+    subnetworks: Subnetworks, restart: int, anchor: Anchor, dead: Tensor, k: float, generator: torch.Generator
+) -> list[int]:
+    """New directions in the place of a restart's dead subnetworks, [n_v] of bool; their indices among R * n_v."""
+    slots = dead.nonzero().squeeze(1).tolist()
+    if not slots:
+        return []
+    state = state_of(subnetworks, restart, anchor.prepared, k)
+    new = candidates(subnetworks, restart, anchor, state, len(slots), k, generator)
+    return [replace(subnetworks, restart, slot, new, which=which) for which, slot in enumerate(slots)]
 
 
 @torch.no_grad()

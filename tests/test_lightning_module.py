@@ -481,6 +481,12 @@ def test_nothing_good_to_validate_on_is_one_line(tmp_path: Path) -> None:
         trainer_of(tmp_path, max_epochs=1).fit(module_of(bad_samples="skip"), DataLoader(x, 16), nothing)
 
 
+def test_nothing_good_to_start_from_is_one_line(tmp_path: Path) -> None:
+    nothing = DataLoader(torch.full((32, 5), math.nan), 16)
+    with pytest.raises(L3DError, match="none of the first 32 training samples has a finite gradient"):
+        trainer_of(tmp_path, max_epochs=1).fit(module_of(bad_samples="skip"), nothing)
+
+
 def test_a_compiled_target_is_decomposed_as_itself_and_a_compiled_l3d_refused(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"swap_every": 0, "reference": "mean"}
     found = []
