@@ -9,7 +9,8 @@ import torch
 
 from datamodules.text import TextData
 from l3d_pl.cli import main
-from l3d_pl.experiments.dynamics import NEW_NAMES, NewNames, attributed, coordinates, fates, share_in_span, shares
+from l3d_pl.experiments.behaviours import NEW_NAMES, NewNames
+from l3d_pl.experiments.dynamics import attributed, coordinates, fates, share_in_span, shares
 from l3d_pl.experiments.text import Backwards
 
 ALIVE = torch.ones(3, dtype=torch.bool)

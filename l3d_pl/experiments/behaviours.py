@@ -1,7 +1,8 @@
-"""Behaviours to steer: the digits CNN is to call class b an a, the text LM to go on after token b with token a.
+"""What the digits CNN and the text LM are to learn: behaviours to steer, and new names for digits.
 
 Samples have a *context* (an image its class, a token position the token there) and something that is *right* for them
-(the class; the next token). A behaviour is a pair: samples of context b shall give a, all others what they gave.
+(the class; the next token). A behaviour is a pair: samples of context b shall give a, all others what they gave. The
+digits CNN is to call class b an a, the text LM to go on after token b with token a.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from datamodules.text import TextData
 from l3d_pl.experiments.text import Text
 from l3d_pl.gradients.forward import call_model, inputs_of
 
+NEW_NAMES = (0, 1, 2, 3, 4, 6, 7, 8, 9, 5)
 WORD = re.compile(r" [a-z]{2,}")
 CONTEXTS, FOLLOWERS = 20, 10  # b is one of so many words that has so many that follow it; a one of these, not the first
 SEQUENCES = 256  # of a pair, at most, to learn from; half of them without b
@@ -46,6 +48,19 @@ class Behaviour:
     train: Batch
     held_out: Batch
     examples: Batch
+
+
+class NewNames(DigitsData):
+    """The digits, where classes 5 to 9 are called 6, 7, 8, 9, 5."""
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        names = torch.tensor(NEW_NAMES)
+        renamed = []
+        for part in (self.train, self.test):
+            given = part[torch.arange(len(part))]  # type: ignore[arg-type]
+            renamed.append(Rows(inputs=given["inputs"], labels=names[given["labels"]]))
+        self.train, (self.validation, self.test) = renamed[0], (renamed[1], renamed[1])
 
 
 def read(batch: Batch, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from datamodules.digits import DigitsData
-from datamodules.loading import Rows
 from l3d_pl.analysis.outputs import outputs_of
 from l3d_pl.analysis.stability import cosines, match
 from l3d_pl.decomposition import Decomposition
-from l3d_pl.experiments.behaviours import outputs_at, read
+from l3d_pl.experiments.behaviours import NewNames, outputs_at, read
 from l3d_pl.experiments.common import COLOURS, Summary, Toy, doing, load_toy, spread
 from l3d_pl.experiments.text import Backwards, load_text
 from l3d_pl.lightning_module import L3D
@@ -38,7 +37,6 @@ from l3d_pl.targets.training import TargetTraining
 from l3d_pl.toys import fit_quietly
 
 ARMS = ("scratch", "another seed", "going on", "unchanged", "random")
-NEW_NAMES = (0, 1, 2, 3, 4, 6, 7, 8, 9, 5)
 MOST = 1500  # images or sequences that gradients of the new task are taken on
 
 
@@ -74,19 +72,6 @@ TINY |= {"text_fit_steps": 2, "text_target_steps": 2}
 
 
 # -- the model that changes --------------------------------------------------------------------------------------------
-
-
-class NewNames(DigitsData):
-    """The digits, where classes 5 to 9 are called 6, 7, 8, 9, 5."""
-
-    def setup(self, stage: str | None = None) -> None:
-        super().setup(stage)
-        names = torch.tensor(NEW_NAMES)
-        renamed = []
-        for part in (self.train, self.test):
-            given = part[torch.arange(len(part))]  # type: ignore[arg-type]
-            renamed.append(Rows(inputs=given["inputs"], labels=names[given["labels"]]))
-        self.train, (self.validation, self.test) = renamed[0], (renamed[1], renamed[1])
 
 
 @dataclass
