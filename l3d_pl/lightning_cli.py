@@ -181,12 +181,7 @@ class L3DCLI(LightningCLI):
         add_threads_argument(parser)
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning looks for hyperparameters in the checkpoint here: ours hold none; damage is told of later.
-
-        Its type is `str | Path`, and typing's cache may have it the other way round: "last" would be a file then.
-        """
-        if path := self.config[self.config.subcommand].get("ckpt_path"):
-            self.config[self.config.subcommand].ckpt_path = str(path)
+        """Lightning looks for hyperparameters in the checkpoint here: ours hold none; damage is told of later."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -215,6 +210,9 @@ class L3DCLI(LightningCLI):
             super().instantiate_classes()
         finally:
             START_LATER.reset(token)
+        # Of Lightning's type `str | Path` typing's cache may make `Path | str`: "last" would then be a file.
+        if path := self.config_init[self.subcommand].get("ckpt_path"):
+            self.config_init[self.subcommand].ckpt_path = str(path)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config_init[self.subcommand]["trainer"]

@@ -10,10 +10,12 @@ import os
 import random
 import resource
 import signal
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import lightning as L
 import numpy as np
 import pytest
@@ -33,7 +35,6 @@ from l3d_pl.callbacks import (
 )
 from l3d_pl.checkpoints import AtomicCheckpointIO
 from l3d_pl.cli import main
-from l3d_pl.lightning_cli import L3DCLI
 from l3d_pl.targets.toy import TiedAutoencoder
 from l3d_pl.targets.training import save_target
 
@@ -339,14 +340,15 @@ def test_stopped_command_says_how_to_go_on(
     assert lines[0].startswith("l3d: SIGINT after step 1: saved ")
     _, command = lines[0].split("; go on with: l3d ")
     assert command == "fit --config 'a run/config.yaml' --ckpt_path last"
-    parse = L3DCLI.parse_arguments
+    sort = jsonargparse._typehints.sort_unions_in_typehint
 
-    def other_way_round(self: L3DCLI, *args: Any) -> None:
-        """Lightning's `str | Path` as typing's cache may give it: `Path | str`."""
-        parse(self, *args)
-        self.config.fit.ckpt_path = Path(self.config.fit.ckpt_path)
+    def as_cached(hint: Any) -> Any:
+        """Lightning's `str | Path | None` as typing may have it in its cache."""
+        for clear in typing._cleanups:  # type: ignore[attr-defined]
+            clear()
+        return typing.Union[Path, str, None] if hint == typing.Union[str, Path, None] else sort(hint)  # noqa: UP007
 
-    monkeypatch.setattr(L3DCLI, "parse_arguments", other_way_round)
+    monkeypatch.setattr("jsonargparse._typehints.sort_unions_in_typehint", as_cached)
     assert main(["fit", "--config", "a run/config.yaml", "--ckpt_path", "last"]) == 0
     assert torch.load("a run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 10
 
