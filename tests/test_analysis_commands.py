@@ -11,8 +11,11 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.func import functional_call
 
 from l3d_pl import Decomposition, Subnetworks
+from l3d_pl.analysis.intervene import _along, mean_gradient
+from l3d_pl.analysis.runs import open_run
 from l3d_pl.analysis.tables import KINDS, read_manifest, read_table
 from l3d_pl.cli import main
 from l3d_pl.targets.toy import MLP, TiedAutoencoder
@@ -60,12 +63,11 @@ def test_analyze_intervene_compare(tmp_path: Path, capsys: pytest.CaptureFixture
     steps = ["--delta", "-0.2", "0", "0.3"]
     assert main(["intervene", str(run), "--subnetwork", "3", "--subnetwork", "5", *steps, "--grid"]) == 0
     grid = pd.read_parquet(run / "analysis" / "interventions" / "3-5-grid.parquet")
-    assert len(grid) == 9
-    still = grid[(grid["delta_3"] == 0) & (grid["delta_5"] == 0)]
-    assert float(still["relevant"].item()) == 0
+    assert grid["control"].tolist() == ["subnetwork"] * 9 + ["random"] * 9 + ["gradient"] * 9
+    still = (grid["delta_3"] == 0) & (grid["delta_5"] == 0)
+    assert grid[still]["relevant"].tolist() == [0, 0, 0]
+    assert (grid[~still]["relevant"] > 0).all()
     effects = pd.read_parquet(run / "analysis" / "interventions" / "3-5-grid-effects.parquet")
-    from l3d_pl.analysis.runs import open_run
-
     opened = open_run(run)
     row = effects[(effects["delta_3"] == -0.2) & (effects["delta_5"] == 0.3)].iloc[0]
     x = opened.entries("val").pick([int(row["sample"])])["inputs"]
@@ -73,12 +75,41 @@ def test_analyze_intervene_compare(tmp_path: Path, capsys: pytest.CaptureFixture
         assert row["value"] == pytest.approx(float(model(x)[0, int(row["output"])]), abs=1e-6)
     assert main(["intervene", str(run), "--subnetwork", "3", "--parameters", "b"]) == 0
     alone = pd.read_csv(run / "analysis" / "interventions" / "3.csv")
-    assert alone["delta_3"].tolist() == manifest["deltas"]
+    assert alone["delta_3"].tolist() == manifest["deltas"] * 3
+
+    # Alone, in all tensors and at the analysis' own steps it is the analysis' own table, and the same controls.
+    capsys.readouterr()
+    assert main(["intervene", str(run), "--subnetwork", "3"]) == 0
+    scale = max(manifest["deltas"])
+    assert f"up to ±{scale:g}, where outputs move clearly\n" in capsys.readouterr().out
+    alone = pd.read_csv(run / "analysis" / "interventions" / "3.csv")
+    curves = read_table(run / "analysis", "curves", 3)
+    for control in ("subnetwork", "random"):
+        mine, its = (frame[frame["control"] == control] for frame in (alone, curves))
+        for column in ("relevant", "irrelevant", "selectivity"):
+            assert mine[column].tolist() == pytest.approx(its[column].tolist(), rel=1e-5, nan_ok=True)
+    assert main(["intervene", str(run), "--subnetwork", "3", "--delta", str(-4 * scale)]) == 0
+    assert "the largest here is 4 times that" in capsys.readouterr().out
 
     assert main(["compare", str(run), str(other)]) == 0
     table = pd.read_csv(run / "analysis" / "compare" / "b.csv")
     assert sorted(table["other"]) == [0, 1, 2, 3]
     assert (run / "analysis" / "compare" / "b.png").stat().st_size > 1000
+
+
+def test_the_gradient_beside_an_intervention_is_the_mean_gradient(tmp_path: Path) -> None:
+    decomposition = open_run(make_run(tmp_path / "run")).decomposition
+    x, chosen = torch.rand(7, 5), torch.tensor([1, 2, 5])
+    decomposition.mean_reference = decomposition.target(x).mean(0)
+    found = mean_gradient(decomposition, {"inputs": x}, chosen, 0)
+    parameters = {name: tensor.detach().requires_grad_() for name, tensor in decomposition.target.named_parameters()}
+    loss = (functional_call(decomposition.target, parameters, x[chosen]) - decomposition.mean_reference).square().sum()
+    for name, expected in zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True):
+        torch.testing.assert_close(found[name], expected)
+
+    direction = decomposition.direction(2)
+    (along,) = _along(found, [{2: -0.3}], [{"b": -0.3 * direction["b"]}])  # as far as v_2 goes in b, and its sign
+    torch.testing.assert_close(along["b"], -0.3 * direction["b"].norm() * found["b"] / found["b"].norm())
 
 
 def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -12,11 +14,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from l3d_pl.analysis.interventions import curve_rows, direction_of, effect_rows, sweep
+from l3d_pl.analysis.analyse import CONTROLS, RANDOM_DIRECTIONS
+from l3d_pl.analysis.interventions import (
+    curve_rows,
+    direction_of,
+    effect_rows,
+    mean_rows,
+    random_directions,
+    sweep,
+)
 from l3d_pl.analysis.items import kind_of, output_names
-from l3d_pl.analysis.outputs import only_positions
+from l3d_pl.analysis.outputs import Direction, only_positions
 from l3d_pl.analysis.runs import Run, placed
+from l3d_pl.analysis.survey import extractor_of
 from l3d_pl.analysis.tables import read_manifest, read_table, replace
+from l3d_pl.decomposition import Decomposition
 from l3d_pl.errors import L3DError
 
 RELEVANT, SHOWN = 10, 3  # top samples of each subnetwork that are measured, and those whose outputs are written
@@ -32,6 +44,8 @@ def intervene(
     """f(x, W0 + sum_k delta_k v_k) on the samples that `l3d analyze` has found for these subnetworks.
 
     Relevant samples are the top ones of any of the subnetworks, irrelevant are the random ones in which none is active.
+    The controls take the same steps: along random unit directions (each v_k by one of its own ranks, as long in each
+    tensor; means over two), and as far along the mean gradient of the random samples.
 
     Args:
         deltas: steps; None: those of the analysis.
@@ -39,7 +53,8 @@ def intervene(
         grid: every combination of steps, one for each subnetwork; else all take the same step.
 
     Returns:
-        curves: a row for each step: `delta_<k>`, `relevant`, `irrelevant`, `selectivity`, `kl_inactive`, `loss_change`.
+        curves: rows for each step: `control` (subnetwork, random or gradient), `delta_<k>`, `relevant`, `irrelevant`,
+            `selectivity`, `kl_inactive`, `loss_change`.
         effects: outputs of some samples: `delta_<k>`, `sample`, `position`, `output`, `name`, `value`.
 
     Raises:
@@ -68,25 +83,83 @@ def intervene(
         placed(entries.pick([sample for sample, _ in rows]), device), [position for _, position in rows]
     )
     found = sweep(decomposition, batch, [(1.0, direction) for direction in directions])
-    background = len(top) + torch.arange(len(random))
+    relevant, background = torch.arange(len(top)), len(top) + torch.arange(len(random))
     inactive = background[~torch.tensor(random["active"].to_numpy(dtype=bool))]
+    asked = [dict(zip(subnetworks, combination, strict=True)) for combination in combinations]
+    rows_of = {"subnetwork": curve_rows(found, relevant, inactive, background)}
+    alone = [
+        curve_rows(
+            sweep(decomposition, batch, [(1.0, direction) for direction in control]), relevant, inactive, background
+        )
+        for control in (
+            *_random(decomposition, asked, directions, manifest["seed"]),
+            _along(mean_gradient(decomposition, batch, background, manifest["seed"]), asked, directions),
+        )
+    ]
+    rows_of |= {"random": mean_rows(alone[:-1]), "gradient": alone[-1]}
     names = output_names(decomposition.target, run.data, found.outputs.shape[2], kind_of(batch))
     curves, effects = [], []
     shown = [(i, *rows[i]) for i in [*range(min(SHOWN, len(top))), *inactive[:1].tolist()]]
     of_sample = effect_rows(found, shown, names)
     each = len(of_sample) // (len(shown) * len(combinations))
-    for c, (combination, row) in enumerate(
-        zip(combinations, curve_rows(found, torch.arange(len(top)), inactive, background), strict=True)
-    ):
-        moved = {f"delta_{k}": delta for k, delta in zip(subnetworks, combination, strict=True)}
-        curves.append(moved | {key: value for key, value in row.items() if key != "delta"})
+    moved = [{f"delta_{k}": delta for k, delta in steps.items()} for steps in asked]
+    for control in CONTROLS:
+        for steps, row in zip(moved, rows_of[control], strict=True):
+            curves.append({"control": control} | steps | {key: value for key, value in row.items() if key != "delta"})
+    for c, steps in enumerate(moved):
         for s in range(len(shown)):
             start = (s * len(combinations) + c) * each
             effects += [
-                moved | {key: value for key, value in effect.items() if key != "delta"}
+                steps | {key: value for key, value in effect.items() if key != "delta"}
                 for effect in of_sample[start : start + each]
             ]
     return pd.DataFrame(curves), pd.DataFrame(effects)
+
+
+def _random(
+    decomposition: Decomposition, asked: Sequence[Mapping[int, float]], directions: Sequence[Direction], seed: int
+) -> list[list[Direction]]:
+    """For each of some draws: what every step would be with random directions in place of the v_k."""
+    drawn = {k: random_directions(decomposition, k, RANDOM_DIRECTIONS, seed) for k in asked[0]}
+    return [
+        [
+            {name: sum(delta * drawn[k][r][name] for k, delta in steps.items()) for name in direction}  # type: ignore[misc]
+            for steps, direction in zip(asked, directions, strict=True)
+        ]
+        for r in range(RANDOM_DIRECTIONS)
+    ]
+
+
+def _along(
+    gradient: Direction, asked: Sequence[Mapping[int, float]], directions: Sequence[Direction]
+) -> list[Direction]:
+    """Every step turned along the gradient, of the same tensors and as long; its sign is that of the summed deltas."""
+    result: list[Direction] = []
+    for steps, direction in zip(asked, directions, strict=True):
+        own, its = _norm(direction), _norm({name: gradient[name] for name in direction})
+        length = math.copysign(own / max(its, 1e-30), sum(steps.values()))
+        result.append({name: length * gradient[name] for name in direction})
+    return result
+
+
+def _norm(direction: Direction) -> float:
+    return math.sqrt(sum(float(value.double().square().sum()) for value in direction.values()))
+
+
+@torch.no_grad()
+def mean_gradient(decomposition: Decomposition, batch: Any, chosen: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    """Summed gradients of the chosen samples [M] of a batch, {name: [*shape]}, against the mean output.
+
+    A decomposition that was never validated holds no mean output: then against others of the batch.
+    """
+    mean, subnetworks = decomposition.mean_reference, decomposition.subnetworks
+    gradients = extractor_of(decomposition)(
+        batch, torch.Generator().manual_seed(seed), None if mean is None else mean.unsqueeze(0)
+    ).gradients
+    first = next(subnetworks.parameters())
+    prepared = subnetworks.prepare({name: value.select(chosen.to(first.device)) for name, value in gradients.items()})
+    total = prepared.combine(first.new_ones(1, len(chosen)), subnetworks.shapes)
+    return {name: value[0] for name, value in total.items()}
 
 
 def intervene_run(
@@ -108,6 +181,10 @@ def intervene_run(
     console = console if console.is_terminal else Console(width=160)
     where = f", in {', '.join(parameters)} only" if parameters else ""
     console.print(_table(curves, f"W0 + sum of delta v_k, k = {', '.join(map(str, subnetworks))}{where}"))
+    scale = max(read_manifest(run.folder / "analysis")["deltas"])
+    farthest = float(curves[[f"delta_{k}" for k in subnetworks]].abs().to_numpy().max())
+    far = f"; the largest here is {farthest / scale:.2g} times that" if farthest > scale else ""
+    print(f"steps of this run's analysis: up to ±{scale:g}, where outputs move clearly{far}")
     print(folder / f"{name}.csv")
     return folder / f"{name}.csv"
 
@@ -115,9 +192,11 @@ def intervene_run(
 def _table(frame: pd.DataFrame, title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in frame.columns:
-        table.add_column(column, justify="right")
-    for row in frame.itertuples(index=False):
-        table.add_row(*("" if pd.isna(value) else f"{value:.4g}" for value in row))
+        table.add_column(column, justify="left" if column == "control" else "right")
+    for control, rows in frame.groupby("control", sort=False):
+        for row in rows.drop(columns="control").itertuples(index=False):
+            table.add_row(str(control), *("" if pd.isna(value) else f"{value:.4g}" for value in row))
+        table.add_section()
     return table
 
 
