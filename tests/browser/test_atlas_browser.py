@@ -108,6 +108,19 @@ def test_it_opens_and_shows_every_section(window: Window) -> None:
     window.shot(f"{kind}_subnetwork")
 
 
+@pytest.mark.parametrize("width", [1300, 1000])
+def test_no_table_is_cut(window: Window, width: int) -> None:
+    """A bar whose end is hidden reads as a full one."""
+    window.page.set_viewport_size({"width": width, "height": 800})
+    for route in ("", "#/subnetwork/2"):
+        window.go(route)
+        boxes = window.page.evaluate(
+            "() => [...document.querySelectorAll('.scroll')].map((box) => [box.scrollWidth, box.clientWidth])"
+        )
+        assert boxes
+        assert all(inside <= outside for inside, outside in boxes), boxes
+
+
 @pytest.mark.parametrize("window", ["text", "image", "vector"], indirect=True)
 def test_every_picture_has_words(window: Window) -> None:
     for route in ("", "#/subnetwork/2"):

@@ -244,7 +244,7 @@ const Data = (() => {
     const last = run.curves.tensors || {};
     const rows = el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {},
       ["tensor", "shape", "rank per axis"].map((t) => el("th", { scope: "col" }, t)), el("th", { scope: "col", class: "number", title: "reconstruction loss of that tensor alone, last logged in training" }, "loss L"), el("th", { scope: "col", class: "number", title: "of the subnetworks' squared norm, on average" }, "share of norm"), el("th", {}))),
-      el("tbody", {}, run.tensors.map((t, i) => el("tr", {}, el("td", { class: "data whole" }, t.name), el("td", { class: "whole" }, t.shape.join(" × ")), el("td", { class: "whole" }, t.ranks.join(" × ")), el("td", { class: "number" }, number(last[t.name]?.[1].at(-1))),
+      el("tbody", {}, run.tensors.map((t, i) => el("tr", {}, el("td", { class: "data" }, t.name), el("td", { class: "whole" }, t.shape.join(" × ")), el("td", { class: "whole" }, t.ranks.join(" × ")), el("td", { class: "number" }, number(last[t.name]?.[1].at(-1))),
         el("td", { class: "number" }, percent(t.share)), el("td", {}, el("div", { class: "bars", "aria-hidden": "true" }, el("i", { style: { width: `${100 * t.share}%`, background: colours[i] } }))))))));
     return [el("h3", {}, "By tensor"), run.tensors.length > 12 ? el("details", {}, el("summary", {}, `${run.tensors.length} tensors`), rows) : rows];
   }
@@ -280,8 +280,10 @@ const Data = (() => {
       el("dl", { class: "facts" }, run.facts.map(([key, value]) => el("div", {}, el("dt", {}, key), el("dd", { class: "data" }, value)))),
       run.analysed ? null : missing("This run has not been analysed: samples, outputs and interventions are missing. `l3d atlas RUN` adds them."),
       el("h2", {}, "Score card"),
-      el("div", { class: "columns" }, el("div", {}, el("h3", {}, "The run"), scoreTable(run.score.rows), tensorTable()),
-        el("div", {}, el("h3", {}, "Against the ground truth"), run.score.truth.length ? scoreTable(run.score.truth) : el("p", { class: "soft data" }, run.score.note))),
+      run.score.truth.length ? el("div", { class: "columns" }, el("div", {}, el("h3", {}, "The run"), scoreTable(run.score.rows)),
+        el("div", {}, el("h3", {}, "Against the ground truth"), scoreTable(run.score.truth)))
+        : [scoreTable(run.score.rows), el("p", { class: "soft data" }, run.score.note)],
+      tensorTable(),
       el("h2", {}, "Subnetworks"), filters(), table(),
       el("div", { class: "tags note" }, colours.map((c, i) => c !== OTHER && el("span", {}, el("span", { class: "swatch", style: { background: c } }), data(names[i]))),
         colours.includes(OTHER) ? el("span", {}, el("span", { class: "swatch", style: { background: OTHER } }), `${colours.filter((c) => c === OTHER).length} other tensors`) : null),
