@@ -102,15 +102,15 @@ def intervene(
     shown = [(i, *rows[i]) for i in [*range(min(SHOWN, len(top))), *inactive[:1].tolist()]]
     of_sample = effect_rows(found, shown, names)
     each = len(of_sample) // (len(shown) * len(combinations))
-    moved = [{f"delta_{k}": delta for k, delta in steps.items()} for steps in asked]
+    columns = [{f"delta_{k}": delta for k, delta in steps.items()} for steps in asked]
     for control in CONTROLS:
-        for steps, row in zip(moved, rows_of[control], strict=True):
-            curves.append({"control": control} | steps | {key: value for key, value in row.items() if key != "delta"})
-    for c, steps in enumerate(moved):
+        for moved, row in zip(columns, rows_of[control], strict=True):
+            curves.append({"control": control, **moved} | {key: value for key, value in row.items() if key != "delta"})
+    for c, moved in enumerate(columns):
         for s in range(len(shown)):
             start = (s * len(combinations) + c) * each
             effects += [
-                steps | {key: value for key, value in effect.items() if key != "delta"}
+                moved | {key: value for key, value in effect.items() if key != "delta"}
                 for effect in of_sample[start : start + each]
             ]
     return pd.DataFrame(curves), pd.DataFrame(effects)
