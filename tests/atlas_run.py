@@ -109,7 +109,7 @@ def make_run(
             "impact": rng.exponential(size=rows),
             "impact_se": 0.01,
             "coefficient": rng.normal(size=rows),
-            "active": True,
+            "active": np.arange(rows) % per_kind != 1,  # the second of each kind is not
         }
     )
     tables["samples"] = samples

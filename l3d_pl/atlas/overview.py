@@ -45,6 +45,7 @@ def overview(
         "id": fingerprint(decomposition.subnetworks)[:16],  # labels belong to this decomposition alone
         "analysed": analysis is not None,
         "n": decomposition.n_subnetworks,
+        "n_samples": about.get("n_samples"),
         "k": decomposition.k,
         "threshold": decomposition.threshold,
         "sample": decomposition.sample,

@@ -136,6 +136,18 @@ def test_every_picture_has_words(window: Window) -> None:
         assert all(axes)
 
 
+def test_the_figures_of_activity_say_what_they_count(window: Window) -> None:
+    """P_act counts pairs, `active` samples: a high impact may well be "not active"."""
+    window.go("#/subnetwork/2")
+    facts = window.page.inner_text("dl.facts")
+    assert re.search(r"[\d.]+ % of sample-reference pairs", facts)
+    assert re.search(r"\d+ of 1,000 samples: active against at least half of the references", facts)
+    rows = window.page.locator("#samples .about").all_inner_texts()
+    assert ["not active" in row for row in rows] == [False, True] + [False] * 6
+    assert "more than half" in str(window.page.locator("#samples .inactive").get_attribute("title"))
+    assert "Not active: |c| is below the threshold" in window.page.inner_text("#samples .note")
+
+
 def test_sorting_and_filtering(window: Window) -> None:
     head = window.page.locator('th[data-column="impact"]')
     head.locator("button").click()

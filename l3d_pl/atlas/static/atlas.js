@@ -129,7 +129,7 @@ const Data = (() => {
     { key: "k", name: "subnetwork", value: (k) => k, cell: (k) => el("td", { class: "number" }, el("a", { href: link(k) }, k)) },
     { key: "label", name: "label", value: (k) => Labels.get(k).toLowerCase(), cell: (k) => el("td", { class: "label data", title: Labels.get(k) }, Labels.get(k)) },
     { key: "circuit", name: "circuit", column: "circuit", value: (k) => of("circuit", k), natural: true, cell: (k) => el("td", { class: "data" }, of("circuit", k)) },
-    { key: "p_act", name: "P_act", title: "share of samples in whose reconstruction it takes part", value: (k) => of("p_act", k), cell: (k) => el("td", { class: "number" }, of("dead", k) ? "dead" : percent(of("p_act", k))) },
+    { key: "p_act", name: "P_act", title: "share of the pairs of sample and reference in whose reconstruction it takes part", value: (k) => of("p_act", k), cell: (k) => el("td", { class: "number" }, of("dead", k) ? "dead" : percent(of("p_act", k))) },
     { key: "impact", name: "impact", column: "impact_mean", title: "mean over samples and references of |V_in · ∇D|, ± its standard error", value: (k) => of("impact_mean", k),
       cell: (k) => el("td", { class: "number" }, plusMinus(of("impact_mean", k), of("impact_se", k))) },
     { key: "positive", name: "c > 0", column: "positive_share", title: "share of the active coefficients that are positive", value: (k) => of("positive_share", k), cell: (k) => el("td", { class: "number" }, percent(of("positive_share", k))) },
@@ -251,7 +251,7 @@ const Data = (() => {
 
   function activity() {
     const values = run.subnetworks.p_act.filter((v, k) => known(v) && !of("dead", k)).sort((a, b) => b - a);
-    return values.length > 1 ? Charts.lines({ series: [{ name: "", style: "s1", x: values.map((_, i) => i + 1), y: values, points: values.length <= 120 }], fromZero: true, logY: "auto", xLabel: `rank of the subnetwork (${run.n - values.length} of ${run.n} dead)`, yLabel: "P_act (share of samples)",
+    return values.length > 1 ? Charts.lines({ series: [{ name: "", style: "s1", x: values.map((_, i) => i + 1), y: values, points: values.length <= 120 }], fromZero: true, logY: "auto", xLabel: `rank of the subnetwork (${run.n - values.length} of ${run.n} dead)`, yLabel: "P_act (share of pairs)",
       alt: `P_act of ${values.length} live subnetworks by rank, from ${percent(values[0])} to ${percent(values.at(-1))}` }) : null;
   }
 
@@ -266,7 +266,7 @@ const Data = (() => {
         xLabel: step, yLabel: "loss L (share of |∇D|²)", alt: "Reconstruction loss against the training step" }),
       Object.keys(tensors).length > 1 ? Charts.lines({ series: group(tensors, 4), fromZero: true, xLabel: step, yLabel: "loss of one tensor", alt: "Loss per tensor against the training step" }) : null,
       activity(),
-      Object.values(c.p_act).some((pair) => pair[0].length > 1) ? Charts.lines({ series: group(c.p_act, 4).map((s) => ({ ...s, name: s.style === "quiet" ? "" : `subnetwork ${s.name}` })), fromZero: true, xLabel: step, yLabel: "P_act (share of samples)",
+      Object.values(c.p_act).some((pair) => pair[0].length > 1) ? Charts.lines({ series: group(c.p_act, 4).map((s) => ({ ...s, name: s.style === "quiet" ? "" : `subnetwork ${s.name}` })), fromZero: true, xLabel: step, yLabel: "P_act (share of pairs)",
         alt: `P_act of ${Object.keys(c.p_act).length} of ${c.n_p_act} subnetworks against the training step` }) : null,
       c.dead ? Charts.lines({ series: [line("", "s1", c.dead)], fromZero: true, xLabel: step, yLabel: "dead (share of subnetworks)", alt: "Share of dead subnetworks against the training step" }) : null);
   }
@@ -290,7 +290,7 @@ const Data = (() => {
       run.pictures.length ? [el("h2", {}, "Pictures"), el("div", { class: "pictures columns" }, run.pictures.map((p) => p.words ? missing(p.words) :
         el("figure", {}, el("img", { src: p.file, alt: p.alt }), el("figcaption", {}, p.caption))))] : null,
       run.figures.length ? [el("h2", {}, "Figures"), el("div", { class: "pictures columns figures" }, run.figures.map((p) => el("figure", {}, el("img", { src: p.file, alt: p.alt }), el("figcaption", {}, p.caption))))] : null,
-      run.map ? [el("h2", {}, "Map"), el("p", { class: "note" }, "Near each other: similar directions (|cos|). Larger: active on more samples. Colour: the tensor that holds most of the norm; grey: dead. A point opens its subnetwork."),
+      run.map ? [el("h2", {}, "Map"), el("p", { class: "note" }, "Near each other: similar directions (|cos|). Larger: higher P_act. Colour: the tensor that holds most of the norm; grey: dead. A point opens its subnetwork."),
         el("figure", { id: "map" }, map())] : null,
       el("h2", {}, "Training and activity"), trainingCurves(),
       el("p", { class: "note", id: "size" }, `This atlas: ${s.files} files, ${number(s.bytes / 1e6)} MB; nothing is loaded from a network. Keys: ← → step through the table's order, Esc comes back here, / filters.`),
@@ -331,7 +331,8 @@ const Data = (() => {
     s[way].length ? el("div", {}, el("span", { class: style, title: word }, sign), s[way].slice(0, 5).map(([name, derivative, p]) =>
       el("span", { class: "chip", title: `${word} ${name}: d ${unit()} / dδ = ${number(derivative)}; ${unit()} ${number(p)} at δ = 0` }, visible(name), run.output_kind === "probability" ? null : el("span", { class: "soft" }, `: ${derivative > 0 ? "+" : ""}${number(derivative)}`)))) : null));
 
-  const about = (s, item) => [item?.label ? ["label ", data(item.label), " · "] : null, `sample ${s.sample}${s.position >= 0 ? `, position ${s.position}` : ""} · impact ${plusMinus(s.impact, s.impact_se)} · c ${number(s.coefficient)}${s.active ? "" : " · not active"}`];
+  const INACTIVE = "Not active: |c| is below the threshold against more than half of the sample's references; the impact, a mean over all of them, may still be high.";
+  const about = (s, item) => [item?.label ? ["label ", data(item.label), " · "] : null, `sample ${s.sample}${s.position >= 0 ? `, position ${s.position}` : ""} · impact ${plusMinus(s.impact, s.impact_se)} · c ${number(s.coefficient)}`, s.active ? null : [" · ", el("span", { class: "inactive", title: INACTIVE }, "not active")]];
 
   function samplesSection(panel) {
     const box = el("div", { id: "samples" });
@@ -349,7 +350,8 @@ const Data = (() => {
           text && attributed ? ["colour: ", press("coefficient", "coefficient", "tokens"), press("attribution of the marked one", "attribution", "tokens")] : null,
           image && attributed ? el("label", {}, (() => { const tick = el("input", { type: "checkbox", id: "attribution", onchange: (e) => { view.attribution = e.target.checked; draw(); } }); tick.checked = view.attribution; return tick; })(), ` attribution (of ${rows.filter((s) => s.attribution).length} of ${rows.length})`) : null),
         el("p", { class: "note" }, { top: "Samples by impact, the highest first", middle: "Samples around the median impact of the active ones", random: "Samples drawn at random" }[kind],
-          text ? "; colour: orange for positive, blue for negative, scaled to each text; the box marks the position that the impact belongs to" : image ? "; orange parts of a picture raise the coefficient, blue ones lower it" : "", text && run.output_kind === "probability" ? ". ▲▼ the next tokens after the box whose probability v raises and lowers most." : run.output_kind === "probability" ? ". ▲▼ the outputs whose probability v raises and lowers most." : ". ▲▼ outputs that v raises and lowers most, with d output / dδ."),
+          text ? "; colour: orange for positive, blue for negative, scaled to each text; the box marks the position that the impact belongs to" : image ? "; orange parts of a picture raise the coefficient, blue ones lower it" : "", text && run.output_kind === "probability" ? ". ▲▼ the next tokens after the box whose probability v raises and lowers most." : run.output_kind === "probability" ? ". ▲▼ the outputs whose probability v raises and lowers most." : ". ▲▼ outputs that v raises and lowers most, with d output / dδ.",
+          shown.some((s) => !s.active) ? ` ${INACTIVE}` : ""),
         !text ? el("div", { class: `cards${view.attribution ? "" : " hide-attribution"}` }, shown.map((s) => el("div", { class: "card", "data-sample": s.sample }, itemView(items(s), s), el("div", { class: "soft" }, about(s, items(s))), moves(s))))
           : el("div", {}, shown.map((s) => el("div", { class: "sample", "data-sample": s.sample }, el("div", { class: "about" }, about(s, items(s))), itemView(items(s), s, view.tokens), moves(s)))),
         rows.length > shown.length ? el("div", { class: "row controls" }, el("button", { id: "more", onclick: () => { all = true; draw(); } }, `Show all ${rows.length}`)) : "");
@@ -448,9 +450,9 @@ const Data = (() => {
     const input = el("input", { id: "label", type: "text", maxlength: 500, placeholder: "what does it do? (kept in this browser)", size: 42, value: Labels.get(k),
       oninput: (e) => { Labels.put(k, e.target.value); Labels.save(); } });
     const circuit = of("circuit", k);
-    const facts = [["P_act", of("dead", k) ? "dead" : `${percent(of("p_act", k))} of samples`],
+    const facts = [["P_act", of("dead", k) ? "dead" : `${percent(of("p_act", k))} of sample-reference pairs`],
       ["Impact", known(of("impact_mean", k)) ? plusMinus(of("impact_mean", k), of("impact_se", k)) : null],
-      ["Active samples", known(of("active_samples", k)) ? number(of("active_samples", k)) : null],
+      ["Active samples", known(of("active_samples", k)) ? `${number(of("active_samples", k))} of ${number(run.n_samples)} samples: active against at least half of the references` : null],
       ["Positive coefficients", known(of("positive_share", k)) ? percent(of("positive_share", k)) : null],
     ].filter(([, v]) => v !== null);
     return [
