@@ -228,7 +228,8 @@ class L3DCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        self.model.run_config = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False))
+        settings = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False))
+        self.model.run_config = settings | {"started_in": os.getcwd()}  # what its relative paths are relative to
 
     def fit(self, model: L3D, **kwargs: Any) -> None:
         """`Trainer.fit`, with the line that says how a stopped run goes on."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from l3d_pl.analysis.alignment import ToyScore, number, score_toy
-from l3d_pl.analysis.runs import load_run
+from l3d_pl.analysis.runs import load_run, looked_in, settings_of
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.errors import L3DError
 
@@ -33,11 +33,12 @@ def toy_of(decomposition: Decomposition) -> tuple[str, dict[str, Any]] | None:
 
 def target_tensors(decomposition: Decomposition) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The target's tensors and its ground truth, from the file that the run names; both empty without one."""
-    path = ((decomposition.run_config or {}).get("model") or {}).get("target_weights")
+    config = settings_of(decomposition)
+    path = (config.get("model") or {}).get("target_weights")
     if not path:
         return {}, {}
     if not Path(path).is_file():
-        raise L3DError(f"target_weights: the run's target {path} is not there any more (looked from {Path.cwd()})")
+        raise L3DError(f"target_weights: the run's target {path} is not there any more{looked_in(config)}")
     tensors = load_file(path)
     truth = {name.removeprefix("truth."): tensors.pop(name) for name in list(tensors) if name.startswith("truth.")}
     return tensors, truth

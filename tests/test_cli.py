@@ -12,7 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from l3d_pl import Decomposition, __version__
+from l3d_pl import Decomposition, Subnetworks, __version__
+from l3d_pl.analysis.runs import settings_of
 from l3d_pl.cli import bad_input_in, find_config, main
 from l3d_pl.configs_path import shipped_configs
 from l3d_pl.errors import L3DError
@@ -620,3 +621,60 @@ def test_the_command_itself() -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "l3d: error: k: found 2.0; allowed is the fraction of coefficients to keep, in (0, 1]\n"
+
+
+# -- from elsewhere ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_read_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its paths and its own modules are looked up where the fit was started."""
+    Path("my_toys.py").write_text(
+        "from datamodules.toy import ToyData\n\n\nclass MyToyData(ToyData):\n    def __init__(self, task: str = 'tms', "
+        "n_features: int = 5, n_val: int = 20, steps_per_epoch: int = 3):\n"
+        "        super().__init__(task, n_features, n_val=n_val, steps_per_epoch=steps_per_epoch)\n"
+    )
+    data = "{class_path: my_toys.MyToyData, init_args: {task: tms}}"
+    target = ["--model.target_weights", "t.safetensors", "--trainer.default_root_dir", "runs/a"]
+    assert main(["fit", "--config", "tms", *SHORT, *target, "--data", data]) == 0
+
+    elsewhere, run = tmp_path / "elsewhere", str(tmp_path / "runs" / "a")
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    sys.path[:] = [path for path in sys.path if path != str(tmp_path)]
+    monkeypatch.delitem(sys.modules, "my_toys")
+    assert main(["analyze", run, "--references", "1"]) == 0
+    assert main(["intervene", run, "--subnetwork", "0"]) == 0
+    assert main(["score", run]) == 0
+    assert list(elsewhere.iterdir()) == []
+
+    Path(tmp_path, "t.safetensors").rename(elsewhere / "t.safetensors")  # else here, as for a run without the entry
+    assert main(["score", run]) == 0
+    Path("t.safetensors").unlink()
+    for command in (["score", run], ["analyze", run]):
+        line = refused(capsys, *command)
+        assert f"t.safetensors is not there any more (looked from {tmp_path} and {elsewhere})" in line
+
+
+def test_only_what_is_a_path_is_looked_up_where_the_fit_was_started(tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    for name in ("texts", "digits", "tms"):
+        (start / name).mkdir(parents=True)
+    (start / "texts" / "a.txt").write_text("a")
+    decomposition = Decomposition(Subnetworks({"w": (3, 2)}, 2, 1))
+    given = {
+        "task": "tms",
+        "source": {"train": ["texts/*.txt", "texts/gone.txt", "https://x.org/a.txt"], "val": "texts"},
+        "column": "texts",
+        "n": 3,
+    }
+    decomposition.run_config = {"data": {"init_args": given}, "model": {"source": "digits"}, "started_in": str(start)}
+    found = settings_of(decomposition)
+    assert found["data"]["init_args"] == given | {
+        "source": {
+            "train": [str(start / "texts/*.txt"), "texts/gone.txt", "https://x.org/a.txt"],
+            "val": str(start / "texts"),
+        }
+    }
+    assert found["model"] == {"source": "digits"}

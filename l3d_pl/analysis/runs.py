@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from l3d_pl.gradients.forward import inputs_of
 from l3d_pl.parallel import ALONE, Ranks
 from l3d_pl.targets.training import load_target
 
+PATHS = ("target_weights", "pretrained", "path", "weights", "tokenizer", "source", "truth")  # may be a name alone
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # and their datasets in our own data modules
 
 
@@ -195,7 +198,7 @@ def open_run(run_dir: Path, device: str = "cpu") -> Run:
             others than those it was fitted on.
     """
     decomposition = load_run(run_dir)
-    config = decomposition.run_config or {}
+    config = settings_of(decomposition)
     model = config.get("model") or {}
     for key, section in (("model.target", model.get("target")), ("data", config.get("data"))):
         if not section:
@@ -205,7 +208,8 @@ def open_run(run_dir: Path, device: str = "cpu") -> Run:
             )
     if config.get("threads"):
         torch.set_num_threads(config["threads"])  # as the run itself
-    _require_there(model)
+    _require_there(model, config)
+    _make_importable(config)
     target = _instantiate(nn.Module, "target", model["target"])
     if model.get("target_weights"):
         load_target(model["target_weights"], target)
@@ -216,7 +220,49 @@ def open_run(run_dir: Path, device: str = "cpu") -> Run:
     return Run(run_dir, decomposition, _instantiate(LightningDataModule, "data", config["data"]))
 
 
-def _require_there(model: Mapping[str, Any]) -> None:
+def settings_of(decomposition: Decomposition) -> dict[str, Any]:
+    """The run's configuration, empty without one; its relative paths are those of where its fit was started.
+
+    What is not there (any more) stays as it is, and is looked for in the working directory.
+    """
+    config = dict(decomposition.run_config or {})
+    start = config.get("started_in")
+    if not start or Path(start) == Path.cwd():
+        return config
+    return config | {key: _from(start, config.get(key)) for key in ("model", "data") if config.get(key)}
+
+
+def looked_in(config: Mapping[str, Any]) -> str:
+    """`" (looked from DIR and DIR)"`: where a run's relative paths are looked up."""
+    return (
+        f" (looked from {' and '.join(dict.fromkeys([config.get('started_in') or str(Path.cwd()), str(Path.cwd())]))})"
+    )
+
+
+def _from(start: str, value: Any, key: str = "") -> Any:
+    """A part of a configuration in which every relative path (also a glob) that leads to something is made absolute.
+
+    A name alone, such as `digits`, is a path only under some keys, and only if nothing else is of that name.
+    """
+    if isinstance(value, Mapping):
+        return {name: _from(start, inner, key if key in PATHS else name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_from(start, inner, key) for inner in value]
+    if not isinstance(value, str) or "://" in value or not value:
+        return value
+    may_be = "/" in value or Path(value).suffix or (key in PATHS and value not in ("digits", "pydoc"))
+    return os.path.join(start, value) if may_be and glob(value, root_dir=start, recursive=True) else value
+
+
+def _make_importable(config: Mapping[str, Any]) -> None:
+    """The modules beside which the fit was started, as it could import them itself: before those of this directory."""
+    start = config.get("started_in")
+    if start and start not in sys.path:
+        here = os.getcwd()
+        sys.path.insert(sys.path.index(here) if here in sys.path else len(sys.path), start)
+
+
+def _require_there(model: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Raise an `L3DError` if a file that the run took its target from is gone."""
     place = model.get("target_weights")
     pretrained = (model["target"].get("init_args") or {}).get("pretrained")
@@ -224,7 +270,7 @@ def _require_there(model: Mapping[str, Any]) -> None:
         place = pretrained
     if place is not None and not Path(place).exists():
         hint = f"; l3d target --config {model['target_config']} makes it" if model.get("target_config") else ""
-        raise L3DError(f"target: the run's target {place} is not there any more (looked from {Path.cwd()}){hint}")
+        raise L3DError(f"target: the run's target {place} is not there any more{looked_in(config)}{hint}")
 
 
 def _instantiate(kind: type, key: str, section: Any) -> Any:

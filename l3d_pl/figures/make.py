@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from l3d_pl.analysis.runs import load_run
+from l3d_pl.analysis.runs import load_run, settings_of
 from l3d_pl.atlas.pictures import Picture, directions, networks
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.errors import L3DError
@@ -106,9 +106,11 @@ def sweep(
     n_v = [round(share * decomposition.n_subnetworks) for share in N_V] if n_v is None else n_v
     fits: dict[str, Callable[[Path], dict[str, Any]]] = {}
     more = [] if max_epochs is None else ["--trainer.max_epochs", str(max_epochs)]
+    weights = (settings_of(decomposition).get("model") or {}).get("target_weights")
+    target = ["--model.target_weights", weights] if weights else []
     for by, option, values in (("rank", "ranks", ranks), ("n_v", "n_subnetworks", n_v)):
         for value in sorted({v for v in values if v >= 1}):
-            arguments = ["--config", str(config), f"--model.{option}", str(value), *more]
+            arguments = ["--config", str(config), f"--model.{option}", str(value), *target, *more]
             fits[f"{by}_{value}"] = partial(_fit, arguments, {by: value})
     root = run_dir / FOLDER / SWEPT
     remedy = f"remove {root}, or give what it was made with"
