@@ -134,6 +134,9 @@ def test_every_picture_has_words(window: Window) -> None:
         axes = window.page.locator("svg.chart .name").all_text_contents()
         assert axes
         assert all(axes)
+        titles = window.page.locator("figure.plot .title").all_text_contents()
+        assert len(titles) == window.page.locator("figure.plot").count() == len(set(titles)) > 1
+        assert all(titles)
 
 
 def test_the_figures_of_activity_say_what_they_count(window: Window) -> None:

@@ -251,7 +251,7 @@ const Data = (() => {
 
   function activity() {
     const values = run.subnetworks.p_act.filter((v, k) => known(v) && !of("dead", k)).sort((a, b) => b - a);
-    return values.length > 1 ? Charts.lines({ series: [{ name: "", style: "s1", x: values.map((_, i) => i + 1), y: values, points: values.length <= 120 }], fromZero: true, logY: "auto", xLabel: `rank of the subnetwork (${run.n - values.length} of ${run.n} dead)`, yLabel: "P_act (share of pairs)",
+    return values.length > 1 ? Charts.lines({ title: "P_act by rank", series: [{ name: "", style: "s1", x: values.map((_, i) => i + 1), y: values, points: values.length <= 120 }], fromZero: true, logY: "auto", xLabel: `rank of the subnetwork (${run.n - values.length} of ${run.n} dead)`, yLabel: "P_act (share of pairs)",
       alt: `P_act of ${values.length} live subnetworks by rank, from ${percent(values[0])} to ${percent(values.at(-1))}` }) : null;
   }
 
@@ -262,13 +262,13 @@ const Data = (() => {
     const group = (entries, quietFrom) => Object.entries(entries || {}).map(([name, pair], i) => line(name, i < quietFrom ? `s${i + 1}` : "quiet", pair, pair[0].length < 8)).filter(Boolean);
     const tensors = Object.fromEntries(Object.entries(c.tensors).map(([name, pair]) => [shortName(name), pair]));
     return el("div", { class: "columns" },
-      Charts.lines({ series: [line("train", "s1", c.loss["train/loss"]), line("held out", "s2", c.loss["val/loss"], true)].filter(Boolean), fromZero: true,
+      Charts.lines({ title: "Reconstruction loss", series: [line("train", "s1", c.loss["train/loss"]), line("held out", "s2", c.loss["val/loss"], true)].filter(Boolean), fromZero: true,
         xLabel: step, yLabel: "loss L (share of |∇D|²)", alt: "Reconstruction loss against the training step" }),
-      Object.keys(tensors).length > 1 ? Charts.lines({ series: group(tensors, 4), fromZero: true, xLabel: step, yLabel: "loss of one tensor", alt: "Loss per tensor against the training step" }) : null,
+      Object.keys(tensors).length > 1 ? Charts.lines({ title: "Loss by tensor", series: group(tensors, 4), fromZero: true, xLabel: step, yLabel: "loss of one tensor", alt: "Loss per tensor against the training step" }) : null,
       activity(),
-      Object.values(c.p_act).some((pair) => pair[0].length > 1) ? Charts.lines({ series: group(c.p_act, 4).map((s) => ({ ...s, name: s.style === "quiet" ? "" : `subnetwork ${s.name}` })), fromZero: true, xLabel: step, yLabel: "P_act (share of pairs)",
+      Object.values(c.p_act).some((pair) => pair[0].length > 1) ? Charts.lines({ title: "P_act in training", series: group(c.p_act, 4).map((s) => ({ ...s, name: s.style === "quiet" ? "" : `subnetwork ${s.name}` })), fromZero: true, xLabel: step, yLabel: "P_act (share of pairs)",
         alt: `P_act of ${Object.keys(c.p_act).length} of ${c.n_p_act} subnetworks against the training step` }) : null,
-      c.dead ? Charts.lines({ series: [line("", "s1", c.dead)], fromZero: true, xLabel: step, yLabel: "dead (share of subnetworks)", alt: "Share of dead subnetworks against the training step" }) : null);
+      c.dead ? Charts.lines({ title: "Dead subnetworks", series: [line("", "s1", c.dead)], fromZero: true, xLabel: step, yLabel: "dead (share of subnetworks)", alt: "Share of dead subnetworks against the training step" }) : null);
   }
 
   function overviewPage() {
@@ -409,11 +409,11 @@ const Data = (() => {
     return [el("h2", {}, "Interventions"),
       el("p", { class: "note" }, "Relevant samples: those of highest impact; irrelevant: others. Selectivity: mean summed |change of outputs| of the relevant over the irrelevant ones. Controls: random unit directions of the same rank, and the mean gradient's direction."),
       el("div", { class: "columns" },
-        Charts.lines({ series: of("selectivity"), xLabel, yLabel: "selectivity (ratio, log)", logY: true, reference: 1, alt: `Selectivity of subnetwork ${panel.k} against delta, with controls` }),
-        own && Charts.lines({ series: [{ name: "relevant samples", style: "s1", x: own.delta, y: own.relevant, points: true }, { name: "irrelevant samples", style: "s2", x: own.delta, y: own.irrelevant, points: true }], xLabel, yLabel: "summed |change of outputs|", fromZero: true, alt: `Change of outputs of relevant and irrelevant samples against delta` }),
-        Charts.lines({ series: of("kl_inactive"), xLabel, yLabel: kl, fromZero: true, logY: "auto", alt: `Side effects: divergence from the unchanged model on samples where subnetwork ${panel.k} is inactive` }),
-        Charts.lines({ series: of("loss_change"), xLabel, yLabel: "change of the task's loss", reference: 0, alt: `Change of the task's loss against delta` }),
-        local.delta ? Charts.lines({ series: [{ name: "change of D", style: "s1", x: local.delta, y: local.change, points: true }, { name: "linear prediction", style: "s2", x: local.delta, y: local.linear, points: true }], xLabel, yLabel: "change of D, mean", alt: `Change of the divergence along subnetwork ${panel.k} and its linear prediction: how far the local picture holds` }) : null)];
+        Charts.lines({ title: "Selectivity", series: of("selectivity"), xLabel, yLabel: "selectivity (ratio, log)", logY: true, reference: 1, alt: `Selectivity of subnetwork ${panel.k} against delta, with controls` }),
+        own && Charts.lines({ title: "Change of outputs", series: [{ name: "relevant samples", style: "s1", x: own.delta, y: own.relevant, points: true }, { name: "irrelevant samples", style: "s2", x: own.delta, y: own.irrelevant, points: true }], xLabel, yLabel: "summed |change of outputs|", fromZero: true, alt: `Change of outputs of relevant and irrelevant samples against delta` }),
+        Charts.lines({ title: "Side effects on inactive samples", series: of("kl_inactive"), xLabel, yLabel: kl, fromZero: true, logY: "auto", alt: `Side effects: divergence from the unchanged model on samples where subnetwork ${panel.k} is inactive` }),
+        Charts.lines({ title: "Change of the task's loss", series: of("loss_change"), xLabel, yLabel: "change of the task's loss", reference: 0, alt: `Change of the task's loss against delta` }),
+        local.delta ? Charts.lines({ title: "How far the linear picture holds", series: [{ name: "change of D", style: "s1", x: local.delta, y: local.change, points: true }, { name: "linear prediction", style: "s2", x: local.delta, y: local.linear, points: true }], xLabel, yLabel: "change of D, mean", alt: `Change of the divergence along subnetwork ${panel.k} and its linear prediction: how far the local picture holds` }) : null)];
   }
 
   function heat(cells, words, aspect) {

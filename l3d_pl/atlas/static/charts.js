@@ -115,9 +115,9 @@ const Charts = (() => {
         s.at.length > 1 && svg("line", { class: `series ${s.style}`, x1: 1, x2: 25, y1: 5, y2: 5 }),
         (s.points || s.at.length === 1) && svg("circle", { class: `dot ${s.style}`, cx: 13, cy: 5, r: 2.6 })), s.name)));
 
-  /** Lines with points. series: [{name, style, x, y, points}]; style is a CSS class: colour and dashes. logY "auto":
+  /** Lines with points under a title. series: [{name, style, x, y, points}]; style is a CSS class: colour and dashes. logY "auto":
    *  logarithmic where a few values dwarf the others. */
-  function lines({ series, xLabel, yLabel, alt, logX = false, logY = false, fromZero = false, reference = null, ...rest }) {
+  function lines({ title, series, xLabel, yLabel, alt, logX = false, logY = false, fromZero = false, reference = null, ...rest }) {
     if (logY === "auto") {
       const values = series.flatMap((s) => s.y).filter((v) => known(v) && v !== 0).sort((a, b) => a - b);
       logY = values.length > 2 && values[0] > 0 && values.at(-1) > 100 * values[Math.floor(values.length / 2)];
@@ -142,7 +142,7 @@ const Charts = (() => {
           svg("title", {}, `${s.name}: ${number(y)} at ${number(x)}`)));
       }
     }
-    return el("figure", { class: "plot" }, f.node, usable.some((s) => s.name) ? legend(usable.filter((s) => s.name)) : null);
+    return el("figure", { class: "plot" }, el("figcaption", { class: "title" }, title), f.node, usable.some((s) => s.name) ? legend(usable.filter((s) => s.name)) : null);
   }
 
   // -- distributions --------------------------------------------------------------------------------------------------
