@@ -17,6 +17,7 @@ import torch
 import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, instantiate_class
 
 from l3d_pl.callbacks import (
@@ -107,6 +108,15 @@ class SaveRunConfig(SaveConfigCallback):
             aside = path.with_name(".config.yaml.writing")
             aside.write_text(self.parser.dump(self.config, skip_unset=False))
             os.replace(aside, path)
+
+
+class FirstStep(Callback):
+    """Remembers how many steps there were when this part of a run began: 0, or those of the checkpoint."""
+
+    step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.step = trainer.global_step
 
 
 def require_writable(key: str, folder: Path) -> None:
@@ -234,6 +244,7 @@ class L3DCLI(LightningCLI):
     def fit(self, model: L3D, **kwargs: Any) -> None:
         """`Trainer.fit`, with the line that says how a stopped run goes on."""
         start, finished = time.perf_counter(), Path(self.trainer.default_root_dir, "finished")
+        self.trainer.callbacks.append(first := FirstStep())  # type: ignore[attr-defined]
         if self.trainer.is_global_zero:
             finished.unlink(missing_ok=True)
         try:
@@ -243,6 +254,7 @@ class L3DCLI(LightningCLI):
             raise Stopped(
                 f"{stopped}; go on with: l3d fit --config {shlex.quote(str(config))} --ckpt_path last"
             ) from None
+        self.seconds, self.resumed_at = time.perf_counter() - start, first.step
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             from l3d_pl.report import print_summary, write_report
 
@@ -251,7 +263,7 @@ class L3DCLI(LightningCLI):
             write_report(Path(self.trainer.default_root_dir))
             finished.touch()  # after this, slurm/run.sh does not start the run again
             if not os.environ.get("L3D_QUIET_SUMMARY"):
-                print_summary(Path(self.trainer.default_root_dir), time.perf_counter() - start)
+                print_summary(Path(self.trainer.default_root_dir), self.seconds, self.resumed_at)
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand != "fit":

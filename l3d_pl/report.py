@@ -110,8 +110,13 @@ def samples_per_second(run_dir: Path) -> float | None:
     return float(torch.tensor(values).median()) if values else None
 
 
-def print_summary(run_dir: Path, seconds: float) -> None:
-    """What `l3d fit` ends with: the run's figures, and where everything is."""
+def print_summary(run_dir: Path, seconds: float, resumed_at: int = 0) -> None:
+    """What `l3d fit` ends with: the run's figures, and where everything is.
+
+    Args:
+        seconds: of the fit alone, without the target's training; of a resumed run its last part.
+        resumed_at: steps before that part.
+    """
     decomposition = load_run(run_dir)
     table = Table(
         title=f"{run_dir.resolve().name}: {decomposition.n_subnetworks} subnetworks",
@@ -119,7 +124,7 @@ def print_summary(run_dir: Path, seconds: float) -> None:
         show_header=False,
     )
     loss = decomposition.figures.get("val/loss")
-    table.add_row("held-out loss L", number(loss))
+    table.add_row("held-out loss L (share of |gradient|² left)", number(loss))
     score, unscored = try_score(run_dir) if toy_of(decomposition) else (None, "")
     if score is not None:
         table.add_row(
@@ -135,14 +140,15 @@ def print_summary(run_dir: Path, seconds: float) -> None:
     dead = int((decomposition.p_act == 0).sum())
     table.add_row("dead subnetworks", f"{dead} of {decomposition.n_subnetworks}")
     speed = samples_per_second(run_dir)
+    steps = decomposition.figures.get("steps", 0)
+    part = f" for the last {steps - resumed_at} of" if resumed_at else ","
     table.add_row(
-        "time",
-        f"{seconds:.1f} s, {decomposition.figures.get('steps', '?')} steps"
-        + (f", {speed:,.0f} samples/s" if speed else ""),
+        "time of the fit", f"{seconds:.1f} s{part} {steps} steps" + (f", {speed:,.0f} samples/s" if speed else "")
     )
     table.add_row("atlas", str(run_dir / "atlas" / "index.html"))
     table.add_row("decomposition", str(run_dir / "decomposition"))
     console = Console(soft_wrap=True)
+    console = console if console.is_terminal else Console(soft_wrap=True, width=160)
     console.print(table)
     if unscored:
         console.print(Text(unscored))  # Text: a path is no markup

@@ -53,7 +53,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 def test_analyze_intervene_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, other = make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1, n=4)
     assert main(["analyze", str(run), "--batch-size", "16", "--references", "2"]) == 0
-    assert "most active first" in capsys.readouterr().out
+    assert "6 of 6 subnetworks, most active first" in capsys.readouterr().out
     manifest = read_manifest(run / "analysis")
     assert (manifest["n_samples"], manifest["n_references"], manifest["split"]) == (60, 2, "val")
     samples = read_table(run / "analysis", "samples")

@@ -1,8 +1,10 @@
 """The command line: bad input is one line and exit code 2; what works from a config works from a user's own files."""
 
 import math
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -621,6 +623,21 @@ def test_the_command_itself() -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "l3d: error: k: found 2.0; allowed is the fraction of coefficients to keep, in (0, 1]\n"
+
+
+# -- what is printed ---------------------------------------------------------------------------------------------------
+
+
+def test_a_fit_ends_with_its_own_time_and_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        assert main(tms()) == 0
+    assert not [str(warning.message) for warning in found if "logging interval" in str(warning.message)]
+    printed = capsys.readouterr().out
+    assert "held-out loss L (share of |gradient|² left)" in printed
+    assert re.search(r"time of the fit +│ \d+\.\d s, 3 steps", printed)
+    assert main(tms("--trainer.max_epochs", "3", "--ckpt_path", "last")) == 0
+    assert re.search(r"\d+\.\d s for the last 6 of 9 steps", capsys.readouterr().out)
 
 
 # -- from elsewhere ----------------------------------------------------------------------------------------------------

@@ -203,7 +203,8 @@ def _table(frame: pd.DataFrame, title: str) -> Table:
 def summary_of(folder: Path, top: int = 8) -> Table:
     """What `l3d analyze` ends with: the most active subnetworks."""
     subnetworks, outputs = read_table(folder, "subnetworks"), read_table(folder, "outputs")
-    table = Table(title=f"{len(subnetworks)} subnetworks, most active first", title_justify="left")
+    n = len(subnetworks)
+    table = Table(title=f"{min(top, n)} of {n} subnetworks, most active first", title_justify="left")
     for column in ("k", "P_act", "impact", "raises", "lowers"):
         table.add_column(column, justify="right" if column in ("k", "P_act", "impact") else "left")
     for row in subnetworks.sort_values("p_act", ascending=False, kind="stable").head(top).itertuples():
