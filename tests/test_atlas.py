@@ -24,10 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from l3d_pl.analysis.tables import read_table
-from l3d_pl.atlas import blocks, panels, pictures, structure
+from l3d_pl.atlas import blocks, overview, panels, pictures, structure
 from l3d_pl.atlas.build import write_atlas
 from l3d_pl.atlas.pictures import Picture, draw_run, layers_of
 from l3d_pl.cli import main
+from l3d_pl.decomposition import Decomposition
 from l3d_pl.errors import L3DError
 from l3d_pl.subnetworks import Subnetworks
 
@@ -240,6 +241,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def atlas(run: Path) -> Path:
     return write_atlas(run, progress=False).page.parent
+
+
+def test_the_data_is_one_line_and_its_settings_are_whole(run: Path) -> None:
+    settings = {"source": "pydoc", "column": "text", "seed": None} | {f"setting_{i}": i for i in range(40)}
+    data = {"class_path": "datamodules.text.TextData", "init_args": settings}
+    decomposition = Decomposition.from_pretrained(run / "decomposition")
+    decomposition.run_config = {"data": data}
+    (fact,) = (fact for fact in overview._facts(decomposition, {}) if fact[0] == "Data")
+    assert fact[1] == "TextData: source pydoc"
+    assert fact[2].startswith("source pydoc, column text, setting_0 0, ")
+    assert fact[2].endswith(", setting_39 39"), "not cut"
 
 
 def test_the_folder_is_whole_and_says_its_size(run: Path, atlas: Path) -> None:

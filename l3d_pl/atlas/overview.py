@@ -77,10 +77,12 @@ def overview(
     }
 
 
-def _facts(decomposition: Decomposition, about: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _facts(decomposition: Decomposition, about: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(Name, value, more): `more` is shown on request, empty for most."""
     config, versions = decomposition.run_config or {}, decomposition.provenance["versions"]
     data = config.get("data") or {}
-    settings = ", ".join(f"{key} {value}" for key, value in (data.get("init_args") or {}).items() if value is not None)
+    settings = [f"{key} {value}" for key, value in (data.get("init_args") or {}).items() if value is not None]
+    source = [setting for setting in settings if setting.startswith(("source ", "task "))]
     shapes = decomposition.subnetworks.shapes
     facts = [
         ("Target model", f"{decomposition.target_class}, fingerprint {str(decomposition.target_fingerprint)[:12]}"),
@@ -88,7 +90,7 @@ def _facts(decomposition: Decomposition, about: Mapping[str, Any]) -> list[tuple
         ("Subnetworks", f"{decomposition.n_subnetworks}; k = {decomposition.k:g} of the coefficients are kept"),
         ("Divergence", f"{decomposition.divergence.name}, {decomposition.reference} reference"),
         ("Sample", decomposition.sample),
-        ("Data", f"{str(data.get('class_path', 'not recorded')).rsplit('.', 1)[-1]}{': ' * bool(settings)}{settings}"),
+        ("Data", ": ".join([str(data.get("class_path", "not recorded")).rsplit(".", 1)[-1], *source])),
         ("Trained", f"{decomposition.figures.get('steps', '?')} steps, seed {decomposition.seed}"),
     ]
     if about:
@@ -96,7 +98,8 @@ def _facts(decomposition: Decomposition, about: Mapping[str, Any]) -> list[tuple
         facts.append(("Read on", f"{samples:,} samples of {about.get('split')}, {references} references each"))
     commit = str(decomposition.provenance["git_commit"] or "none")
     facts.append(("Made with", f"l3d_pl {versions.get('l3d_pl')}, torch {versions.get('torch')}, commit {commit[:12]}"))
-    return [(key, _brief(value)) for key, value in facts]
+    more = {"Data": ", ".join(settings)}
+    return [(key, _brief(value), _brief(more.get(key, ""), 2000)) for key, value in facts]
 
 
 def score_card(decomposition: Decomposition, score: ToyScore | None, unscored: str) -> dict[str, Any]:

@@ -104,6 +104,9 @@ def test_it_opens_and_shows_every_section(window: Window) -> None:
     assert window.page.locator("#samples [data-sample]").count() == 8
     expected = {"text": ".token.here", "image": ".picture canvas.overlay", "vector": "svg.vector rect"}[kind]
     assert window.page.locator(f"#samples {expected}").count() >= 8
+    pictures = window.page.locator(".effect .picture img")
+    assert pictures.count() == (window.page.locator(".effect").count() if kind == "image" else 0)
+    assert all(box["width"] == box["height"] > 60 for box in (one.bounding_box() for one in pictures.all()))
     assert window.page.locator("canvas.heat").count() > 5
     window.shot(f"{kind}_subnetwork")
 

@@ -277,7 +277,7 @@ const Data = (() => {
     return [
       el("h1", {}, data(run.title)),
       el("p", { class: "soft" }, "Subnetworks found by local loss landscape decomposition (L3D): directions in the parameters of a frozen model, a sparse few of which reconstruct the gradient of each sample."),
-      el("dl", { class: "facts" }, run.facts.map(([key, value]) => el("div", {}, el("dt", {}, key), el("dd", { class: "data" }, value)))),
+      el("dl", { class: "facts" }, run.facts.map(([key, value, more]) => el("div", {}, el("dt", {}, key), el("dd", { class: "data" }, value, more ? el("details", { class: "note" }, el("summary", {}, "all settings"), more) : null)))),
       run.analysed ? null : missing("This run has not been analysed: samples, outputs and interventions are missing. `l3d atlas RUN` adds them."),
       el("h2", {}, "Score card"),
       run.score.truth.length ? el("div", { class: "columns" }, el("div", {}, el("h3", {}, "The run"), scoreTable(run.score.rows)),
@@ -372,7 +372,7 @@ const Data = (() => {
       return el("div", { class: "effect", "data-sample": c.sample },
         el("div", { class: "about note" }, `sample ${c.sample}${c.position >= 0 ? `, position ${c.position}` : ""}, ${strong.has(`${c.sample} ${c.position}`) ? "of high impact" : "for comparison"}`, item?.label ? [" · label ", data(item.label)] : null),
         el("div", { class: "context" }, !item ? null : item.kind === "text" ? tokens({ ...item, tokens: item.tokens.slice(Math.max(0, c.position - item.first - 7), c.position >= 0 ? c.position - item.first + 1 : 12), first: item.first + Math.max(0, c.position - item.first - 7) }, c, "none")
-          : item.kind === "image" ? null : Charts.vector(item.values, "Input vector", 190, 34)),
+          : item.kind === "image" ? picture(item) : Charts.vector(item.values, "Input vector", 190, 34)),
         c.outputs.map(([name, values]) => {
           const bar = el("i", { class: "value" }), text = el("span", { class: "number" }), base = values[zero];
           bars.push((i) => {
