@@ -1,7 +1,9 @@
 """The one exception a user is meant to read: one line that names what was given, what was found and what is allowed."""
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
+
+MUCH_FARTHER = 0.15  # likeness that an option may be behind the nearest one
 
 
 class L3DError(ValueError):
@@ -9,8 +11,13 @@ class L3DError(ValueError):
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """`"; did you mean 'a' or 'b'?"` for the options nearest to `name`, or an empty string."""
+    """`"; did you mean 'a' or 'b'?"` for the options nearest to `name`, or an empty string.
+
+    Beside a near one (one letter is missing) those that are much farther from it are left out.
+    """
     near = get_close_matches(name, list(options), n=3, cutoff=0.5)
+    likeness = {option: SequenceMatcher(None, option, name).ratio() for option in near}
+    near = [option for option in near if likeness[option] > likeness[near[0]] - MUCH_FARTHER]
     return f"; did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
 
 

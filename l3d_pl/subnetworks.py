@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 from l3d_pl.errors import L3DError, did_you_mean
 from l3d_pl.gradients import DenseGradient, OuterGradient, SampleGradient
 from l3d_pl.parallel import ALONE, Ranks
-from l3d_pl.targets.frozen import matches_pattern
+from l3d_pl.targets.frozen import matches_pattern, near_patterns
 from l3d_pl.tucker import Matrices, Rank, Tucker, TuckerParameters, dense_block, local, resolve_ranks
 
 # Below this many values the factored form of a parameter costs more calls than it saves multiplications.
@@ -61,7 +61,7 @@ def ranks_per_parameter(
     for pattern in ranks:
         if not any(matches_pattern(name, pattern) for name in shapes):
             raise L3DError(
-                f"ranks: pattern {pattern!r} matches none of the chosen parameters{did_you_mean(pattern, shapes)}"
+                f"ranks: pattern {pattern!r} matches none of the chosen parameters{near_patterns(pattern, shapes)}"
             )
     resolved = {}
     for name, shape in shapes.items():

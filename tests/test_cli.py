@@ -115,7 +115,7 @@ def test_bad_value_is_one_line(case: str, capsys: pytest.CaptureFixture[str]) ->
 # -- keys, commands, configs -------------------------------------------------------------------------------------------
 
 BAD_KEYS = {
-    "model": (["--model.n_subnetwork", "5"], ["--model.n_subnetwork", "did you mean 'model.n_subnetworks'"]),
+    "model": (["--model.n_subnetwork", "5"], ["--model.n_subnetwork", "did you mean 'model.n_subnetworks'?"]),
     "trainer": (["--trainer.max_epoch=5"], ["--trainer.max_epoch", "did you mean 'trainer.max_epochs'"]),
     "data, whose class is a setting": (
         ["--data.init_args.n_featuress", "5"],

@@ -1,5 +1,6 @@
 """Per-sample gradients of whole models, in every format of batch and output; what the two representations compute."""
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -229,6 +230,21 @@ def test_chosen_parameters_only_and_a_glob_that_matches_nothing() -> None:
     ]
     with pytest.raises(L3DError, match=r"'2\.weight' matches no parameter of MLP; did you mean"):
         per_sample_gradients(model, torch.randn(N, 5), parameters="2.weight")
+    named = nn.ModuleDict({"blocks": nn.ModuleList([model]), "head": nn.Linear(3, 2)})
+    for pattern, near in (
+        ("blok.*", "'blocks.*'"),
+        ("block.*.weight", "'blocks.*.*.weight'"),
+        ("*.weigth", "'*.weight'"),
+        ("haed.*", "'head.*'"),
+        ("heat.bias", "'head.bias'?"),
+    ):
+        with pytest.raises(
+            L3DError, match=re.escape(f"{pattern!r} matches no parameter of ModuleDict; did you mean")
+        ) as error:
+            select_parameters(named, pattern)
+        assert near in str(error.value)
+        for option in re.findall(r"'([^']+)'", str(error.value).split("did you mean")[1]):
+            assert select_parameters(named, option)  # what is offered is good
     with pytest.raises(L3DError, match="is not a regular expression"):
         per_sample_gradients(model, torch.randn(N, 5), parameters="re:(")
     with pytest.raises(

@@ -19,11 +19,11 @@ from torch.nn.functional import cross_entropy
 from l3d_pl.analysis.items import input_of, labels_of
 from l3d_pl.analysis.outputs import Direction, outputs_of, probabilities, pushed
 from l3d_pl.decomposition import Decomposition
-from l3d_pl.errors import L3DError, did_you_mean
+from l3d_pl.errors import L3DError
 from l3d_pl.gradients.sample_gradient import wide
 from l3d_pl.gradients.samples import choose_samples
 from l3d_pl.subnetworks import Subnetworks
-from l3d_pl.targets.frozen import matches_pattern
+from l3d_pl.targets.frozen import matches_pattern, near_patterns
 
 GRID = (-1.0, -0.5, -0.2, -0.05, 0.0, 0.05, 0.2, 0.5, 1.0)  # of a run's own scale
 
@@ -66,7 +66,7 @@ def direction_of(
     names = list(decomposition.subnetworks.shapes)
     for pattern in parameters or ():
         if not any(matches_pattern(name, pattern) for name in names):
-            hint = did_you_mean(pattern, names) or f"; allowed are {', '.join(names)}"
+            hint = near_patterns(pattern, names) or f"; allowed are {', '.join(names)}"
             raise L3DError(f"parameters: pattern {pattern!r} matches none of the decomposed tensors{hint}")
     if parameters is not None:
         names = [name for name in names if any(matches_pattern(name, pattern) for pattern in parameters)]

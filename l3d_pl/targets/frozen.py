@@ -46,7 +46,7 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str]) -> dict[s
             raise L3DError(f"parameters: {pattern!r} is not a regular expression: {error}") from None
         if not matches:
             options = list(named) if len(named) <= 8 else [*list(named)[:8], f"... ({len(named)} in all)"]
-            hint = did_you_mean(pattern, named) or f"; it has {', '.join(options)}"
+            hint = near_patterns(pattern, named) or f"; it has {', '.join(options)}"
             raise L3DError(f"parameters: pattern {pattern!r} matches no parameter of {type(model).__name__}{hint}")
         chosen.update(matches)
     return {name: tensor for name, tensor in named.items() if name in chosen}
@@ -55,6 +55,17 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str]) -> dict[s
 def matches_pattern(name: str, pattern: str) -> bool:
     """Whether a parameter's name matches a glob, or a regular expression after `re:`."""
     return re.fullmatch(pattern[3:], name) is not None if pattern.startswith("re:") else fnmatchcase(name, pattern)
+
+
+def near_patterns(pattern: str, names: Iterable[str]) -> str:
+    """`did_you_mean` for a pattern that matches none of the names: of a glob also the globs that would match some."""
+    options = list(names)
+    if "*" in pattern and not pattern.startswith("re:"):
+        for parts in [name.split(".") for name in options]:
+            options += [".".join(parts[:i]) + ".*" for i in range(1, len(parts))]
+            options += ["*." + ".".join(parts[i:]) for i in range(1, len(parts))]
+            options.append(".".join("*" if part.isdigit() else part for part in parts))
+    return did_you_mean(pattern, dict.fromkeys(options))
 
 
 def shard(model: nn.Module, keep: Iterable[Tensor], device_type: str) -> None:
