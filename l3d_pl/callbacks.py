@@ -2,7 +2,6 @@
 
 import csv
 import os
-import random
 import signal
 import sys
 from collections.abc import Mapping
@@ -11,8 +10,6 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
-import numpy as np
-import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -22,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from l3d_pl.checkpoints import NotSaved, make_older, newest_and_previous
 from l3d_pl.errors import L3DError
 from l3d_pl.parallel import Ranks
+from l3d_pl.resumable import Resumable, random_states, set_random_states
 
 
 class Stopped(Exception):
@@ -122,32 +120,42 @@ class Checkpoints(ModelCheckpoint):
 
 
 class RandomState(Callback):
-    """Saves the global random states of torch, NumPy and Python, and puts them back before the first resumed batch.
+    """Saves the global random states of torch, NumPy and Python, and where a plain loader stands within its epoch.
 
-    Lightning restores none of them; a target with dropout, or a data set that draws numbers, would go on differently.
-    Each rank has its own, and takes up its own again; where there are more ranks than before, the new ones keep theirs.
+    Lightning restores neither: a target with dropout, a shuffled `DataLoader` or a data set that draws numbers would go
+    on differently. Each rank has its own, and takes up its own again; where there are more ranks than before, the new
+    ones keep theirs.
     """
 
     def __init__(self) -> None:
         self._pending: Mapping[str, Any] | None = None
+        self._loaders: list[Resumable] = []
+        self._taken = 0  # batches of this epoch
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._loaders, process = [], trainer.strategy.process_dataloader
+
+        def resumable(loader: Any) -> Any:
+            loader = process(loader)
+            return self._resumable(loader) if trainer.training and not hasattr(loader, "state_dict") else loader
+
+        # The one place where Lightning hands out a loader as it will be used, with the sampler for this rank.
+        trainer.strategy.process_dataloader = resumable  # type: ignore[method-assign,assignment]
+
+    def _resumable(self, given: Any) -> Resumable:
+        loader = Resumable(given)
+        places = [] if self._pending is None else self._pending.get("loaders", [])
+        if len(self._loaders) < len(places) and places[len(self._loaders)]["read"]:
+            assert self._pending is not None
+            loader.resume(places[len(self._loaders)], self._pending)
+        self._loaders.append(loader)
+        return loader
 
     def state_dict(self) -> dict[str, Any]:
-        # NumPy's global state is the one that there is to keep.
-        name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
-        state = {
-            "torch": torch.get_rng_state(),
-            "numpy": [
-                str(name),
-                torch.from_numpy(np.asarray(keys).astype(np.int64)),
-                int(position),
-                int(has_gauss),
-                float(gauss),
-            ],
-            "python": list(random.getstate()),
-        }
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state_all()
-        return {"ranks": Ranks.of_run().gather(state)}
+        places = [loader.place(self._taken) for loader in self._loaders]
+        return {"ranks": Ranks.of_run().gather(random_states() | {"loaders": places})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         states, rank = state_dict["ranks"], Ranks.of_run().rank
@@ -156,16 +164,10 @@ class RandomState(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._pending is None:
-            return
+        self._taken = batch_idx + 1
         state, self._pending = self._pending, None
-        torch.set_rng_state(state["torch"])
-        name, keys, position, has_gauss, gauss = state["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
-        version, internal, gauss_next = state["python"]
-        random.setstate((version, tuple(internal), gauss_next))
-        if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda"])
+        if state is not None and not any(loader.is_resumed for loader in self._loaders):  # (those have done it by now)
+            set_random_states(state)
 
 
 class StopOnSignal(Callback):

@@ -26,6 +26,7 @@ from l3d_pl.initialisation import start_from_gradients
 from l3d_pl.metrics import Activity, Reconstruction
 from l3d_pl.parallel import ALONE, Ranks
 from l3d_pl.repair import Anchor, anchors_of, revive, scale_readers, swap
+from l3d_pl.resumable import drawn_by
 from l3d_pl.sharded import auxiliary_loss, decompose, loss_per_parameter, reconstruct, share_gradients
 from l3d_pl.step import Step
 from l3d_pl.strategies import register, writable_parameters, zero_optimizer_state
@@ -383,16 +384,17 @@ class L3D(L.LightningModule):
         # Each restart gets its own samples to start from; what follows them is to judge swaps, and common to all.
         to_start = self.init_samples * self.subnetworks.restarts
         wanted = to_start + (self.swap_samples if self.swap_every else 0)
-        for batch_idx, batch in enumerate(loader):  # type: ignore[arg-type]
-            batch = self._placed(batch)
-            extraction = self.extractor(batch, random)
-            if not parts:
-                self.extractor.check(batch, extraction)
-            if self._prepare(extraction, batch, batch_idx, alone=True) is not None:
-                parts.append(extraction.gradients)
-            seen += extraction.n_samples
-            if seen >= wanted:
-                break
+        with drawn_by(self.seed, loader) as batches:
+            for batch_idx, batch in enumerate(batches):
+                batch = self._placed(batch)
+                extraction = self.extractor(batch, random)
+                if not parts:
+                    self.extractor.check(batch, extraction)
+                if self._prepare(extraction, batch, batch_idx, alone=True) is not None:
+                    parts.append(extraction.gradients)
+                seen += extraction.n_samples
+                if seen >= wanted:
+                    break
         if seen == 0:
             raise L3DError("data: the training set is empty")
         if not parts:

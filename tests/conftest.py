@@ -19,12 +19,13 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """A strategy that has run within a test leaves its process group, and its port in the environment."""
+    """A strategy that has run within a test leaves its process group; and it, or a seed, variables in the environment."""
     before = dict(os.environ)
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
-    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE"):
+    left = "MASTER_ADDR MASTER_PORT NODE_RANK LOCAL_RANK RANK WORLD_SIZE PL_GLOBAL_SEED PL_SEED_WORKERS"
+    for name in left.split():
         os.environ.pop(name, None)
         if name in before:
             os.environ[name] = before[name]

@@ -6,11 +6,15 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from datamodules.toy import ToyData
 from l3d_pl import L3D, L3DError
@@ -33,9 +37,10 @@ def fit(
     stop_at: int | None = None,
     points: int | None = 100,
     weight: float = 1.0,
+    loader: Callable[[], Any] | None = None,
     **settings,
 ) -> L3D:
-    """A fit of a little TMS; `stop_at` sends the process a SIGTERM in that step."""
+    """A fit of a little TMS; `stop_at` sends the process a SIGTERM in that step. `loader`: makes other data."""
     torch.manual_seed(7)
     target = TiedAutoencoder(5, 2)
     target.load_state_dict({"W_in": weight * torch.randn(5, 2), "b": torch.zeros(5)})
@@ -60,8 +65,8 @@ def fit(
         enable_checkpointing=True,
     )
     module = L3D(target, n_subnetworks=4, seed=3, init_samples=60, **settings)
-    data = ToyData(points=points, batch_size=16, steps_per_epoch=7, seed=1, n_val=20, n_test=20)
-    trainer.fit(module, data, ckpt_path="last" if resume else None, weights_only=True)
+    data: Any = ToyData(points=points, batch_size=16, steps_per_epoch=7, seed=1, n_val=20, n_test=20)
+    trainer.fit(module, data if loader is None else loader(), ckpt_path="last" if resume else None, weights_only=True)
     return module
 
 
@@ -85,6 +90,56 @@ def test_stopped_anywhere_and_resumed_is_bit_for_bit_the_uninterrupted_run(
                 fit(root, 20, resume=number > 0, stop_at=stop_at, points=points, **SETTINGS[name])
         found = state_of(fit(root, 20, resume=True, points=points, **SETTINGS[name]))
         different = [key for key, value in expected.items() if not torch.equal(value, found[key])]
+        assert not different, f"after stops in steps {stops}"
+
+
+class Noisy(Dataset[torch.Tensor]):
+    """Rows of which each is another at every reading."""
+
+    def __len__(self) -> int:
+        return 112
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(row)
+        return torch.rand(5, generator=generator) * (torch.rand(5) < 0.4) * np.random.random() * random.random()  # noqa: NPY002
+
+
+class Stream(IterableDataset[torch.Tensor]):
+    """Rows in an order of its own, and nobody knows how many."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        rows = Noisy()
+        for row in torch.randperm(112).tolist():
+            torch.manual_seed(row)
+            yield rows[row]
+
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "shuffled": lambda: DataLoader(Noisy(), 16, shuffle=True),
+    "a generator of its own": lambda: DataLoader(
+        torch.rand(112, 5, generator=torch.Generator().manual_seed(1)),  # type: ignore[arg-type]
+        16,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(5),
+    ),
+    "a worker": lambda: DataLoader(Noisy(), 16, shuffle=True, num_workers=1),
+    "a stream": lambda: DataLoader(Stream(), 16),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_plain_loader_goes_on_where_it_stood(tmp_path: Path, name: str) -> None:
+    settings: dict[str, Any] = {"loader": LOADERS[name], "swap_samples": 60}
+    expected = state_of(fit(tmp_path / "whole", 20, **settings))
+    for stops in ((0,), (3,), (9, 12)):
+        root = tmp_path / f"stopped{stops}"
+        for number, stop_at in enumerate(stops):
+            with pytest.raises(Stopped):
+                fit(root, 20, resume=number > 0, stop_at=stop_at, **settings)
+        found = state_of(fit(root, 20, resume=True, **settings))
+        del found["held_out_loss"], found["mean_reference"]  # there is no held-out data
+        different = [key for key, value in found.items() if not torch.equal(value, expected[key])]
         assert not different, f"after stops in steps {stops}"
 
 
