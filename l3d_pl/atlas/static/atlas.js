@@ -463,7 +463,7 @@ const Data = (() => {
       el("h2", {}, "Coefficients and norm"),
       el("div", { class: "columns" },
         h ? el("figure", {}, Charts.histogram({ low: h[0], high: h[1], counts: h[2], xLabel: "coefficient c = V_in · ∇D (divergence per unit step)", alt: `Histogram of the coefficients of subnetwork ${k}` })) : null,
-        el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "tensor"), el("th", { scope: "col", class: "number" }, "share of squared norm"), el("th", {}, ""))),
+        el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "tensor"), el("th", { scope: "col", class: "number", title: "of its squared norm" }, "share of norm"), el("th", {}, ""))),
           el("tbody", {}, panel.shares.filter(([, share], i) => i < 8 || share > 0.01).map(([i, share]) => el("tr", {}, el("td", { class: "data" }, names[i]), el("td", { class: "number" }, percent(share)),
             el("td", {}, el("div", { class: "bars", "aria-hidden": "true" }, el("i", { style: { width: `${100 * share}%`, background: colours[i] } })))))))) ),
       structureSection(panel), neighboursSection(panel),
