@@ -19,7 +19,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """A strategy that has run within a test leaves its process group; and it, or a seed, variables in the environment."""
+    """A test that runs a strategy, or sets a seed, leaves its process group and variables of the environment."""
     before = dict(os.environ)
     yield
     if dist.is_initialized():
