@@ -109,6 +109,14 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         if target is not None:
             self.attach(target)
 
+    def __repr__(self) -> str:
+        names, loss = list(self.subnetworks.shapes), self.figures.get("val/loss")
+        return (
+            f"Decomposition({self.n_subnetworks} subnetworks of {self.target_class or 'no target yet'}, parameters "
+            f"{', '.join(names[:4])}{f', ... ({len(names)} in all)' * (len(names) > 4)}, k={self.k:g}, "
+            f"divergence={self.divergence.name}{'' if loss is None else f', held-out loss {loss:.4g}'})"
+        )
+
     # -- the target model -------------------------------------------------------------------------------------------
 
     def attach(self, target: nn.Module) -> Decomposition:

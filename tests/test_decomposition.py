@@ -63,6 +63,17 @@ def test_round_trip_is_bitwise(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in loaded.subnetworks.parameters())
 
 
+def test_it_is_told_in_one_line(tmp_path: Path) -> None:
+    decomposition, _, _ = make("kl", figures={"val/loss": 0.12345})
+    assert repr(decomposition) == (
+        "Decomposition(6 subnetworks of l3d_pl.targets.toy.MLP, parameters 0.weight, 0.bias, 1.weight, 1.bias, "
+        "k=0.3, divergence=kl, held-out loss 0.1235)"
+    )
+    many = Decomposition(Subnetworks({f"{i}.weight": (2, 2) for i in range(6)}, 2, 1))
+    assert "no target yet, parameters 0.weight, 1.weight, 2.weight, 3.weight, ... (6 in all), k=" in repr(many)
+    assert repr(many).endswith("divergence=mse)")
+
+
 def test_config_and_card_say_what_it_is(tmp_path: Path) -> None:
     decomposition, model, _ = make("kl", figures={"held-out loss": 0.125}, seed=7)
     decomposition.save_pretrained(tmp_path)

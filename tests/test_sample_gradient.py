@@ -29,6 +29,12 @@ def by_position(gradient: OuterGradient) -> torch.Tensor:
     return dense if gradient.index is None else dense[gradient.index]
 
 
+def test_one_is_told_by_its_sizes() -> None:
+    assert repr(DenseGradient(torch.zeros(7, 4, 5))) == "DenseGradient(7 samples of [4, 5])"
+    outer = OuterGradient(torch.zeros(2, 3, 1, 4), torch.zeros(2, 1, 5), (4, 5))
+    assert repr(outer) == "OuterGradient(6 samples of [4, 5])"
+
+
 @given(
     kind=st.sampled_from(KINDS),
     n=st.integers(1, 4),

@@ -26,6 +26,10 @@ class SampleGradient:
 
     shape: tuple[int, ...]
 
+    def __repr__(self) -> str:
+        """Sizes, no tensors: `DenseGradient(32 samples of [4, 5])`."""
+        return f"{type(self).__name__}({self.n_samples} samples of {list(self.shape)})"
+
     @property
     def n_samples(self) -> int:
         raise NotImplementedError
@@ -62,7 +66,7 @@ class SampleGradient:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DenseGradient(SampleGradient):
     """`values` [N, *shape]."""
 
@@ -102,7 +106,7 @@ class DenseGradient(SampleGradient):
         return DenseGradient(self.values.to(dtype))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OuterGradient(SampleGradient):
     """G_i = sum_s D_is A_s^T for the matrix view of a parameter: rows are its first mode, columns all the others.
 
