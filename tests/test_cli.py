@@ -590,7 +590,7 @@ def test_score_of_a_toy_run_and_a_fit_from_another_folder(
     ):
         assert Path("run", path).is_file(), path
     monkeypatch.chdir("..")
-    assert "target below" not in refused(capsys, "score", "below/run")  # its target was named from below/
+    assert main(["score", "below/run"]) == 0  # its target was named from below/
     for command in ("validate", "test"):
         assert main(tms("--trainer.default_root_dir", "below/run", "--ckpt_path", "last", command=command)) == 0
 
