@@ -130,7 +130,7 @@ class RandomState(Callback):
     def __init__(self) -> None:
         self._pending: Mapping[str, Any] | None = None
         self._loaders: list[Resumable] = []
-        self._taken = 0  # batches of this epoch
+        self._taken, self._is_last = 0, False  # batches of this epoch, and whether that was the last
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -147,14 +147,14 @@ class RandomState(Callback):
     def _resumable(self, given: Any) -> Resumable:
         loader = Resumable(given)
         places = [] if self._pending is None else self._pending.get("loaders", [])
-        if len(self._loaders) < len(places) and places[len(self._loaders)]["read"]:
+        if len(self._loaders) < len(places):
             assert self._pending is not None
             loader.resume(places[len(self._loaders)], self._pending)
         self._loaders.append(loader)
         return loader
 
     def state_dict(self) -> dict[str, Any]:
-        places = [loader.place(self._taken) for loader in self._loaders]
+        places = [loader.place(self._taken, self._is_last) for loader in self._loaders]
         return {"ranks": Ranks.of_run().gather(random_states() | {"loaders": places})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -164,7 +164,7 @@ class RandomState(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._taken = batch_idx + 1
+        self._taken, self._is_last = batch_idx + 1, trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         state, self._pending = self._pending, None
         if state is not None and not any(loader.is_resumed for loader in self._loaders):  # (those have done it by now)
             set_random_states(state)

@@ -78,8 +78,7 @@ class Resumable:
             set_random_states(place["start"])
             if generator is not None:
                 generator.set_state(place["start"]["generator"])
-        self.start = random_states() | ({} if generator is None else {"generator": generator.get_state()})
-        self.read = 0
+        self.start, self.read = self._states(), 0
         for batch in self.loader:
             self.read += 1
             if now is not None and self.read == place["read"]:
@@ -94,9 +93,19 @@ class Resumable:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing: see `state_dict`."""
 
-    def place(self, taken: int) -> dict[str, Any]:
-        """Where this epoch began, batches read, and those of them `taken` (without a length one is fetched ahead)."""
+    def place(self, taken: int, is_last: bool = False) -> dict[str, Any]:
+        """Where this epoch began, batches read, and those of them `taken` (without a length one is fetched ahead).
+
+        Args:
+            is_last: the last batch taken is the epoch's: the place is the beginning of another.
+        """
+        if self.start is None or is_last:
+            return {"start": self._states(), "read": 0, "taken": 0}
         return {"start": self.start, "read": self.read, "taken": min(self.read, taken)}
+
+    def _states(self) -> dict[str, Any]:
+        generator = getattr(self.loader, "generator", None)
+        return random_states() | ({} if generator is None else {"generator": generator.get_state()})
 
     def resume(self, place: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         """Let the next epoch be the rest of that in `place`, when the random states were those of `now`."""
