@@ -37,6 +37,7 @@ from l3d_pl.checkpoints import AtomicCheckpointIO
 from l3d_pl.cli import main
 from l3d_pl.targets.toy import TiedAutoencoder
 from l3d_pl.targets.training import save_target
+from l3d_pl.toys import quiet_trainer
 
 
 class Raise(L.Callback):
@@ -369,7 +370,8 @@ def test_random_states_make_the_round_trip_through_a_file(tmp_path: Path) -> Non
     callback = RandomState()
     callback.load_state_dict(AtomicCheckpointIO().load_checkpoint(tmp_path / "x.ckpt")["state"])
     assert draw() != expected  # only at the first batch: what comes before may draw as it likes
-    callback.on_train_batch_start(None, None, None, 0)  # type: ignore[arg-type]
+    trainer = quiet_trainer(max_steps=1)
+    callback.on_train_batch_start(trainer, None, None, 0)  # type: ignore[arg-type]
     assert draw() == expected
-    callback.on_train_batch_start(None, None, None, 1)  # type: ignore[arg-type]
+    callback.on_train_batch_start(trainer, None, None, 1)  # type: ignore[arg-type]
     assert draw() != expected  # once
