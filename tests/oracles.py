@@ -11,6 +11,7 @@ from tensorly.tucker_tensor import tucker_to_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from l3d_pl.decomposition import Decomposition
 from l3d_pl.gradients import DenseGradient, OuterGradient, SampleGradient
 from l3d_pl.subnetworks import Directions, Subnetworks
 from l3d_pl.tucker import Tucker
@@ -130,3 +131,20 @@ def decomposition_problem(
             parameter += 0.3 * torch.randn_like(parameter)
     subnetworks.is_dense = lambda name, gradient: LAYOUTS[layout](name)  # type: ignore[method-assign]
     return subnetworks, gradients
+
+
+def planted_decomposition(n: int) -> Decomposition:
+    """x -> W x in n dimensions, W the identity; subnetwork k is W[k, k] alone, and a hundredth of every other entry."""
+    target = nn.Linear(n, n, bias=False)
+    nn.init.eye_(target.weight)
+    found = Subnetworks({"weight": (n, n)}, n, n)
+    truth = torch.full((n, n, n), 0.01)
+    truth[range(n), range(n), range(n)] = 1.0
+    truth /= truth.flatten(1).norm(dim=1)[:, None, None]
+    for side in (found.v_in, found.v_out):
+        tucker = side.parameters_of("weight").tucker
+        with torch.no_grad():
+            tucker.core.copy_(truth)
+            for factor in tucker.factors:
+                factor.copy_(torch.eye(n).expand_as(factor))
+    return Decomposition(found, target, p_act=torch.ones(n))

@@ -6,9 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from torch import nn
+from oracles import planted_decomposition
 
-from l3d_pl import Decomposition, Subnetworks
+from l3d_pl import Decomposition
 from l3d_pl.cli import main
 from l3d_pl.experiments.selectivity import (
     Settings,
@@ -24,20 +24,7 @@ from l3d_pl.experiments.selectivity import (
 
 @pytest.fixture
 def planted() -> Decomposition:
-    """x -> W x in 5 dimensions, W the identity; subnetwork k is W[k, k] alone, and a hundredth of every other entry."""
-    target = nn.Linear(5, 5, bias=False)
-    nn.init.eye_(target.weight)
-    found = Subnetworks({"weight": (5, 5)}, 5, 5)
-    truth = torch.full((5, 5, 5), 0.01)
-    truth[range(5), range(5), range(5)] = 1.0
-    truth /= truth.flatten(1).norm(dim=1)[:, None, None]
-    for side in (found.v_in, found.v_out):
-        tucker = side.parameters_of("weight").tucker
-        with torch.no_grad():
-            tucker.core.copy_(truth)
-            for factor in tucker.factors:
-                factor.copy_(torch.eye(5).expand_as(factor))
-    return Decomposition(found, target, p_act=torch.ones(5))
+    return planted_decomposition(5)
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ import math
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor, nn
+from oracles import planted_decomposition
+from torch import Tensor
 
-from l3d_pl import Decomposition, Subnetworks
+from l3d_pl import Decomposition
 from l3d_pl.cli import main
 from l3d_pl.experiments.transfer import (
     BLOCKS,
@@ -44,25 +45,13 @@ N, D = 400, 6
 
 @pytest.fixture
 def planted() -> tuple[Decomposition, dict[str, Tensor], list[Tensor]]:
-    """x -> W x, W the identity; subnetwork k is W[k, k], and a hundredth of every other entry. Samples [N, 6] of one
-    norm, each with three of the features; gradients of |x - y|² for four draws of random y."""
-    target = nn.Linear(D, D, bias=False)
-    nn.init.eye_(target.weight)
-    found = Subnetworks({"weight": (D, D)}, D, D)
-    truth = torch.full((D, D, D), 0.01)
-    truth[range(D), range(D), range(D)] = 1.0
-    truth /= truth.flatten(1).norm(dim=1)[:, None, None]
-    for side in (found.v_in, found.v_out):
-        tucker = side.parameters_of("weight").tucker
-        with torch.no_grad():
-            tucker.core.copy_(truth)
-            for factor in tucker.factors:
-                factor.copy_(torch.eye(D).expand_as(factor))
+    """`planted_decomposition`; samples [N, 6] of one norm, each with three of the features; gradients of |x - y|² for
+    four draws of random y."""
     random = torch.Generator().manual_seed(0)
     x = torch.zeros(N, D).scatter_(1, torch.rand(N, D, generator=random).topk(3).indices, 1.0)
     x *= (torch.rand(N, D, generator=random) < 0.5) * 2 - 1
     draws = [torch.einsum("no,ni->noi", x - torch.randn(N, D, generator=random), x).flatten(1) for _ in range(4)]
-    return Decomposition(found, target, p_act=torch.ones(D)), {"inputs": x}, draws
+    return planted_decomposition(D), {"inputs": x}, draws
 
 
 def test_selectivity_of_planted_subnetworks_and_of_random_directions(planted) -> None:
