@@ -48,7 +48,9 @@ class Resumable:
 
     To go on, the epoch begins again from these states, and the batches that were taken are read and left out: the same
     batches come, of any loader whose order depends on the global random states or on its own `generator` only. (A
-    loader with a state of its own, such as `StatefulDataLoader`, need not read them, and is never wrapped.)
+    loader with a state of its own, such as `StatefulDataLoader`, need not read them, and is never wrapped.) Of a loader
+    without a length Lightning reads one batch ahead: it may hold other numbers after a resume, where reading it in this
+    process and the model's steps both draw from the global random states.
 
     Args:
         loader: a `DataLoader`, or anything else that gives batches; its attributes are this one's too.

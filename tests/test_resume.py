@@ -38,6 +38,7 @@ def fit(
     points: int | None = 100,
     weight: float = 1.0,
     loader: Callable[[], Any] | None = None,
+    draws: bool = True,
     **settings,
 ) -> L3D:
     """A fit of a little TMS; `stop_at` sends the process a SIGTERM in that step. `loader`: makes other data."""
@@ -50,6 +51,10 @@ def fit(
         def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
             if trainer.global_step == stop_at:
                 signal.raise_signal(signal.SIGTERM)
+
+        def on_train_batch_end(self, *_: object) -> None:
+            if draws:
+                torch.rand(()), random.random()  # as a target with dropout draws in every step
 
     trainer = quiet_trainer(
         max_steps=steps,
@@ -130,7 +135,14 @@ LOADERS: dict[str, Callable[[], Any]] = {
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.parametrize("name", LOADERS)
 def test_a_plain_loader_goes_on_where_it_stood(tmp_path: Path, name: str) -> None:
-    settings: dict[str, Any] = {"loader": LOADERS[name], "swap_samples": 60}
+    settings: dict[str, Any] = {
+        "loader": LOADERS[name],
+        "swap_samples": 60,
+        "swap_every": 3,
+        "revive_every": 4,
+        "dead_after": 32,
+    }
+    settings["draws"] = name != "a stream"  # (one of its batches is read ahead: see `Resumable`)
     expected = state_of(fit(tmp_path / "whole", 20, **settings))
     for stops in ((0,), (3,), (9, 12)):
         root = tmp_path / f"stopped{stops}"
