@@ -472,12 +472,17 @@ const Data = (() => {
 
   // -- which page is shown ------------------------------------------------------------------------------------------------
 
-  let current = null; // k of the open panel
+  let current = null; // k of the panel that is shown
   let asked = 0;
 
+  /** k of the panel that the address names, which may still be loading; null for the first page. */
+  function wanted() {
+    const match = /^#\/subnetwork\/(\d+)$/.exec(location.hash);
+    return match ? Number(match[1]) : null;
+  }
+
   async function show() {
-    const turn = ++asked, match = /^#\/subnetwork\/(\d+)$/.exec(location.hash);
-    const k = match ? Number(match[1]) : null, again = current === k && main.dataset.page;
+    const turn = ++asked, k = wanted(), again = current === k && main.dataset.page;
     if (k !== null && k >= run.n) say(`There is no subnetwork ${k}: there are 0 to ${run.n - 1}.`);
     if (k === null || k >= run.n) {
       current = null;
@@ -507,14 +512,14 @@ const Data = (() => {
     scrollTo(0, keepPlace ? y : 0);
   }
 
-  /** The subnetwork `by` places on in the table's order, or null at its end. */
+  /** The subnetwork `by` places on in the table's order from the wanted one, so that fast keys all count; null at its end. */
   function neighbour(by) {
-    const order = view.order.length ? view.order : [...Array(run.n).keys()], place = order.indexOf(current);
+    const order = view.order.length ? view.order : [...Array(run.n).keys()], place = order.indexOf(wanted());
     return order[place < 0 ? 0 : place + by] ?? null;
   }
   function step(by) {
     const to = neighbour(by);
-    if (current !== null && to !== null) location.hash = link(to);
+    if (wanted() !== null && to !== null) location.hash = link(to);
   }
 
   const shortName = (name) => { const i = run.tensors.findIndex((t) => t.name === name); return i < 0 ? name : names[i]; };
@@ -545,7 +550,7 @@ const Data = (() => {
     }
     if (event.key === "ArrowLeft") step(-1);
     else if (event.key === "ArrowRight") step(1);
-    else if (event.key === "Escape" && current !== null) location.hash = "#/";
+    else if (event.key === "Escape" && wanted() !== null) location.hash = "#/";
     else if (event.key === "/" && current === null) { event.preventDefault(); document.getElementById("filter").focus(); }
   });
 
