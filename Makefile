@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run toys test test-slow test-browser test-slurm bench format lint type clean
+.PHONY: help setup run toys test test-slow test-browser test-slurm test-gpu bench format lint type clean
 
 help: ## Show what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -27,7 +27,7 @@ toys: $(STAMP) ## Decompose every toy, 16 seeds and both recipes each, and score
 	@$(BIN)/l3d toys
 
 test: $(STAMP) ## Run the tests
-	@$(PYTEST) -m "not slow and not slurm and not browser" $(ARGS)
+	@$(PYTEST) -m "not slow and not slurm and not browser and not gpu" $(ARGS)
 
 test-slow: $(STAMP) ## Run the slow tests
 	@$(PYTEST) -m "slow and not browser" $(ARGS) || { status=$$?; test $$status -eq 5 && echo "No test is marked slow." || exit $$status; }
@@ -39,6 +39,9 @@ test-browser: $(STAMP) ## Run the tests of the atlas in a headless Chromium; scr
 # One process: the tests share a cluster.
 test-slurm: $(STAMP) ## Run the tests on a Slurm of two nodes, made here (root; apt-get install slurm-wlm munge)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm $(ARGS)
+
+test-gpu: $(STAMP) ## Run the tests that need a CUDA device
+	@OMP_NUM_THREADS=4 $(BIN)/python -m pytest -m gpu $(ARGS)
 
 bench: $(STAMP) ## Measure speed (benchmarks/toy_step.py and step.py)
 	@set -e; for script in benchmarks/toy_step.py benchmarks/step.py; do echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script; done

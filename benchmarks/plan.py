@@ -1,10 +1,12 @@
-"""`l3d plan` against what a run takes: peak memory of a few real steps on the CPU, in a new process each.
+"""`l3d plan` against what a run takes: peak memory of a few real steps, in a new process each.
 
-    python benchmarks/plan.py            three settings, a table
-    python benchmarks/plan.py cnn        one of them
+    python benchmarks/plan.py                  three settings on the CPU, a table
+    python benchmarks/plan.py cnn              one of them
+    python benchmarks/plan.py --device cuda    on one GPU, under every strategy, with the time of a step
 
-Memory is what the process has resident at the most, above what it had before the target was built (`ru_maxrss`).
-What is freed goes back to the system at once (`MALLOC_MMAP_THRESHOLD_`): what glibc would keep is no figure of ours.
+Memory on the CPU is what the process has resident at the most, above what it had before the target was built
+(`ru_maxrss`). What is freed goes back to the system at once (`MALLOC_MMAP_THRESHOLD_`): what glibc would keep is no
+figure of ours. On a GPU it is what torch's allocator has given out at the most.
 """
 
 from __future__ import annotations
@@ -14,24 +16,18 @@ import importlib
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-COMMON = [
-    "--trainer.accelerator",
-    "cpu",
-    "--trainer.max_steps",
-    "4",
-    "--trainer.log_every_n_steps",
-    "2",
-    "--threads",
-    "1",
-]
+STRATEGIES = ("ddp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+STEPS = {"cpu": 3, "cuda": 20}  # of a run
 TEXT = ["--data", "datamodules.text.TextData", "--data.source", "text.jsonl", "--data.tokenizer", "llama"]
 HUB = "l3d_pl.targets.hub.language_model"
 
@@ -87,17 +83,39 @@ def prepare() -> None:
     Path("text.jsonl").write_text("\n".join(lines))
 
 
-def measure(name: str) -> None:
-    """In a process of its own: a few steps; prints the peak in bytes."""
+def arguments(name: str, device: str, strategy: str) -> list[str]:
+    """Of `l3d fit` and `l3d plan`."""
+    accelerator = "cpu" if device == "cpu" else "gpu"
+    words = f"--trainer.accelerator {accelerator} --trainer.max_steps {STEPS[device] + 1} --trainer.log_every_n_steps 2"
+    return [*SETTINGS[name], *words.split(), "--trainer.strategy", strategy, "--threads", "1"]
+
+
+def measure(name: str, device: str, strategy: str) -> None:
+    """In a process of its own: a few steps; prints the peak in bytes and the median seconds of a step."""
     import torch
     from lightning.pytorch import Callback, LightningModule, Trainer
 
     from l3d_pl.lightning_cli import L3DCLI
 
+    def now() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     class Stop(Callback):
-        def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
-            if trainer.global_step == 3:
-                print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, flush=True)
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.start = now()
+
+        def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+            seconds.append(now() - self.start)
+            if trainer.global_step == STEPS[device]:
+                if device == "cuda":
+                    peak = torch.cuda.max_memory_allocated()
+                else:
+                    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+                print(
+                    json.dumps({"peak": peak, "seconds": statistics.median(seconds[len(seconds) // 2 :])}), flush=True
+                )
                 os._exit(0)
 
     class Measured(L3DCLI):
@@ -114,19 +132,20 @@ def measure(name: str) -> None:
             self.trainer.callbacks.append(Stop())  # type: ignore[attr-defined]
             self.trainer.fit(model, **kwargs)
 
-    before = 0
-    Measured(["fit", *SETTINGS[name], *COMMON])
+    before, seconds = 0, list[float]()
+    Measured(["fit", *arguments(name, device, strategy)])
 
 
-def compare(name: str) -> tuple[dict[str, Any], int]:
-    """The plan's entry for one process, and the measured peak in bytes."""
+def compare(name: str, device: str = "cpu", strategy: str = "auto") -> tuple[dict[str, Any], dict[str, float]]:
+    """The plan's entry for one process, and what was measured."""
     from l3d_pl.cli import main as l3d
 
     with redirect_stdout(StringIO()) as out:
-        l3d(["plan", *SETTINGS[name], *COMMON, "--json"])
-    plan = json.loads(out.getvalue())["strategies"][0]
+        l3d(["plan", *arguments(name, device, strategy), "--json"])
+    plans = json.loads(out.getvalue())["strategies"]
+    plan = next((plan for plan in plans if plan["strategy"] == strategy), plans[0])  # (one process: no DDP, no shards)
     done = subprocess.run(
-        [sys.executable, __file__, "--measure", name],
+        [sys.executable, __file__, name, "--device", device, "--strategies", strategy, "--worker"],
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
@@ -134,30 +153,35 @@ def compare(name: str) -> tuple[dict[str, Any], int]:
         timeout=300,
     )
     if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return plan, int(done.stdout.split()[-1])
+        raise RuntimeError(f"{name} under {strategy}: {done.stderr[-2000:]}")
+    return plan, json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(SETTINGS)}")
-    parser.add_argument("--measure", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu", choices=list(STEPS))
+    parser.add_argument("--strategies", nargs="+", default=None, help=f"default: auto, and on a GPU {STRATEGIES}")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     known = parser.parse_args()
-    if known.measure:
-        measure(known.measure)
+    strategies = known.strategies or (["auto", *STRATEGIES] if known.device == "cuda" else ["auto"])
+    if known.worker:
+        measure(known.names[0], known.device, strategies[0])
         return
-    names = known.names or list(SETTINGS)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         prepare()
-        print("| setting | planned GB | in | measured GB | planned / measured |\n|---|---|---|---|---|")
-        for name in names:
-            plan, measured = compare(name)
-            planned = plan["peak"]
-            print(
-                f"| {name} | {planned / 1e9:.3f} | {plan['when']} | {measured / 1e9:.3f} | {planned / measured:.2f} |",
-                flush=True,
-            )
+        print("| setting | strategy | planned GB | in | measured GB | planned / measured | ms a step |")
+        print("|---|---|---|---|---|---|---|")
+        for name in known.names or list(SETTINGS):
+            for strategy in strategies:
+                plan, measured = compare(name, known.device, strategy)
+                planned, peak = plan["peak"] / 1e9, measured["peak"] / 1e9
+                print(
+                    f"| {name} | {strategy} | {planned:.3f} | {plan['when']} | {peak:.3f} | {planned / peak:.2f} "
+                    f"| {1e3 * measured['seconds']:.1f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Short fits in float32 under several strategies: `python deepspeed_run.py OUT RANKS STRATEGY,STRATEGY,...`.
+"""Short fits in float32 under several strategies: `python deepspeed_run.py OUT RANKS STRATEGY,STRATEGY,... [gpu]`.
 
 The global batch, 16 samples, is the same on any number of ranks, and so is the reference (the batch's mean) of the case
 "everything", with all that writes to V. DeepSpeed's runs write a checkpoint at step `SAVED` and go on; what resumes
@@ -23,6 +23,7 @@ from l3d_pl.targets.toy import Autoencoder
 from l3d_pl.toys import quiet_trainer
 
 SAVED = 13
+ACCELERATOR = "gpu" if "gpu" in sys.argv[4:5] else "cpu"
 LINEAR = torch.nn.functional.linear
 CASES: dict[str, dict[str, Any]] = {
     "everything": {
@@ -99,6 +100,7 @@ def trainer_of(strategy: str, n_ranks: int, **settings: Any) -> L.Trainer:
     return quiet_trainer(
         devices=n_ranks,
         strategy=strategy,
+        accelerator="cpu" if strategy == "auto" else ACCELERATOR,
         plugins=[AtomicCheckpointIO()],
         **settings,
     )

@@ -1,7 +1,9 @@
-"""A short fit of a small autoencoder in float64: `python parallel_run.py OUT RANKS [STRATEGY [ACCUMULATE [CLIP]]]`.
+"""A short fit of a small autoencoder in float64:
 
-STRATEGY is `ddp`, or `fsdp2` and its number of shards: `fsdp2:2`. ACCUMULATE batches make a step; CLIP is the largest
-norm of its gradient.
+    python parallel_run.py OUT RANKS [STRATEGY [ACCUMULATE [CLIP [ACCELERATOR]]]]
+
+STRATEGY is `auto`, `ddp`, or `fsdp2` and its number of shards: `fsdp2:2`. ACCUMULATE batches make a step; CLIP is the
+largest norm of its gradient (0: any).
 
 The global batch, 16 samples, is the same on any number of ranks, and so is the reference (the batch's mean).
 """
@@ -34,7 +36,14 @@ class Data(InMemoryData):
         self.train, self.validation, self.test = Rows(inputs=rows[:80]), Rows(inputs=rows[80:]), Rows(inputs=rows[80:])
 
 
-def fit(n_ranks: int, strategy: str = "ddp", accumulate: int = 1, clip: float | None = None, **settings: Any) -> L3D:
+def fit(
+    n_ranks: int,
+    strategy: str = "auto",
+    accumulate: int = 1,
+    clip: float = 0,
+    accelerator: str = "cpu",
+    **settings: Any,
+) -> L3D:
     torch.manual_seed(1)
     target = Autoencoder(10, 5).double()
     options: dict[str, Any] = {
@@ -54,9 +63,10 @@ def fit(n_ranks: int, strategy: str = "ddp", accumulate: int = 1, clip: float | 
     mesh = FSDP2Strategy(n_ranks // int(shards), int(shards)) if name == "fsdp2" else None
     trainer = quiet_trainer(
         devices=n_ranks,
-        strategy=mesh or (name if n_ranks > 1 else "auto"),
+        strategy=mesh or name,
+        accelerator=accelerator,
         accumulate_grad_batches=accumulate,
-        gradient_clip_val=clip,
+        gradient_clip_val=clip or None,
         plugins=DoublePrecision(),  # (by its name, "64-true", Lightning refuses it on a mesh)
         max_epochs=6,
     )
@@ -68,7 +78,7 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     out, arguments = sys.argv[1], sys.argv[2:]
-    values = [kind(value) for kind, value in zip((int, str, int, float), arguments, strict=False)]
+    values = [kind(value) for kind, value in zip((int, str, int, float, str), arguments, strict=False)]
     found = fit(*values)
     joined = found.subnetworks.whole()
     states = found.trainer.optimizers[0].state.values()
