@@ -525,6 +525,7 @@ class L3D(L.LightningModule):
         loaders = data.val_dataloader() if data is not None else self.trainer.val_dataloaders
         if self._validated_step == self._progress.step or loaders is None:
             return
+        self.to(self.trainer.strategy.root_device)  # Lightning has moved it to the CPU by then
         self.on_validation_epoch_start()
         for batch_idx, batch in enumerate(loaders):
             self.validation_step(self._placed(batch), batch_idx)

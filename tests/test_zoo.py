@@ -1,6 +1,7 @@
 """Whole models of every family: captured gradients of all parameters equal a plain autograd loop over the samples."""
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from zoo import INPLACE, LANGUAGE, MODULES, ZOO, N, tokens
 
 from l3d_pl.gradients import GradientExtractor
 from l3d_pl.gradients.capture import operations_without_rule
+from l3d_pl.gradients.samples import TokenPasses
 from l3d_pl.targets.frozen import select_parameters
 
 
@@ -94,6 +96,47 @@ def test_tokens_and_sequences_equal_autograd_of_each_alone(name: str, padding: b
     for parameter, gradient in found.items():
         assert_same(gradient.dense(), torch.stack(expected[parameter]), scale=scale)
     assert not extractor.oracle_parameters
+
+
+@pytest.mark.parametrize("name", list(LANGUAGE))
+def test_several_tokens_in_one_backward_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU does it, in two pieces of three and two of five tokens."""
+    model, batch = LANGUAGE[name].model(), tokens(length=5, padding=True)()
+    found = []
+    for at_once in (1, 3):
+        monkeypatch.setattr(
+            TokenPasses, "_at_once", lambda self, *_, at_once=at_once: 1 if self.one_by_one else at_once
+        )
+        extractor = GradientExtractor(model, select_parameters(model, "*"), "kl", sample="token")
+        found.append(extractor(batch, torch.Generator().manual_seed(0)).gradients)
+        assert not extractor._passes.one_by_one
+    for parameter, gradient in found[1].items():
+        assert_same(gradient.dense(), found[0][parameter].dense())
+
+
+def test_what_knows_no_batch_of_gradients_goes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = LANGUAGE["llama-eager"].model(), tokens(length=5)()
+    extractor = GradientExtractor(model, select_parameters(model, "*"), "kl", sample="token")
+    expected = extractor(batch, torch.Generator().manual_seed(0)).gradients
+    monkeypatch.setattr(TokenPasses, "_at_once", lambda self, *_: 1 if self.one_by_one else 5)
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: Unbatched.apply(output))
+    found = extractor(batch, torch.Generator().manual_seed(0)).gradients
+    assert extractor._passes.one_by_one
+    for parameter, gradient in found.items():
+        assert_same(gradient.dense(), expected[parameter].dense())
+
+
+class Unbatched(torch.autograd.Function):
+    """Whose backward pass looks at numbers: vmap cannot run it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> Tensor:
+        assert math.isfinite(float(d.sum()))
+        return d
 
 
 @pytest.mark.parametrize("parameters", ["blocks.*", "blocks.1.1.*", "first.*", "*"])

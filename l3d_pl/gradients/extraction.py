@@ -95,6 +95,11 @@ class GradientExtractor:
             return nullcontext()
         return torch.autocast(tensors_of(inputs_of(batch))[0].device.type, AUTOCAST[self.autocast])
 
+    def _differentiable(self) -> AbstractContextManager[Any]:
+        """Without cuDNN for models with recurrent layers: its own have no gradient in eval mode."""
+        is_recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
+        return torch.backends.cudnn.flags(enabled=False) if is_recurrent else nullcontext()
+
     def __call__(
         self,
         batch: Any,
@@ -121,7 +126,7 @@ class GradientExtractor:
         drawn = None if generator is None else generator.get_state()
         with torch.inference_mode(False), torch.enable_grad():
             try:
-                with capture, self._precision(batch):
+                with capture, self._precision(batch), self._differentiable():
                     output = call_model(self.model, inputs)
             except RuntimeError:
                 if not self._has_run:
@@ -165,7 +170,8 @@ class GradientExtractor:
             self._send_to_oracle(missing)
         if self.oracle_parameters:
             chosen = {name: self.parameters[name] for name in self.oracle_parameters}
-            dense = oracle_gradients(self.model, chosen, batch, references, self.divergence, samples)
+            with self._differentiable():
+                dense = oracle_gradients(self.model, chosen, batch, references, self.divergence, samples)
             gradients |= {name: DenseGradient(wide(value.detach())) for name, value in dense.items()}
         return Extraction({name: gradients[name] for name in self.parameters}, outputs, references, samples)
 
@@ -215,7 +221,7 @@ class GradientExtractor:
             is_half = self.autocast is not None or any(wide(p) is not p for p in self.parameters.values())
             tolerance = 0.1 if is_half else 1e-3
         try:
-            with self._precision(batch):
+            with self._precision(batch), self._differentiable():
                 alone = sample_gradient(self.model, self.parameters, batch, references, self.divergence, samples, index)
         except RuntimeError:  # autograd itself refuses models that change an operand in place after its use
             entry, _ = samples.alone(index)

@@ -7,14 +7,17 @@
 
 D_t depends on the logits at t alone. So from the output down to the point where positions first meet (the *cut*: in a
 transformer the residual stream after the last attention) one ordinary backward pass serves all tokens; below it there
-is one pass for each position of a sequence, for all sequences together. T passes per batch and not B * T, and the
-vocabulary-sized head is crossed once. Where the cut is depends on the model; `TokenPasses` finds it by trying.
+is one pass for each position of a sequence, for all sequences together (a GPU does several of them as one). T passes
+per batch and not B * T, and the vocabulary-sized head is crossed once. Where the cut is depends on the model;
+`TokenPasses` finds it by trying.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ from l3d_pl.gradients.capture import Capture, Use, add_up
 from l3d_pl.gradients.sample_gradient import OuterGradient, SampleGradient, stack, wide
 
 SAMPLES = ("item", "token", "sequence")
+TOGETHER = 2**23  # values at the cut in a backward pass of several tokens
 MASKS = ("sample_mask", "attention_mask")  # entries of a batch that say which positions count, the first one found
 
 
@@ -146,6 +150,7 @@ class TokenPasses:
     def __init__(self) -> None:
         self.cut = -1  # place of the cut in the stream, from its start; -1: the output itself
         self.local: frozenset[int] = frozenset()  # watched operations above the cut
+        self.one_by_one = False  # this model's operations know no batch of gradients
         self._searched = (-1, 0)  # of the batch that told: length of its stream, span of its positions
 
     def gradients(
@@ -181,32 +186,56 @@ class TokenPasses:
                 done[use] = gradient
         rest = {use.edge for use in uses if use.edge in at_local and use not in done}
 
-        def alone(d: Tensor | None, token: int) -> Tensor | None:
-            """A gradient [B, S, ...] or [B * S, ...] at this token's position of each sequence, 0 elsewhere."""
-            if d is None:
-                return None
-            kept, own = torch.zeros_like(d), positions[:, token]
-            kept.view(b, s, -1)[rows, own] = d.reshape(b, s, -1)[rows, own]
+        def alone(d: Tensor, tokens: Tensor) -> Tensor:
+            """[T, *d.shape]: a gradient [B, S, ...] or [B * S, ...] at each token's positions alone, 0 elsewhere."""
+            kept, own = d.new_zeros(len(tokens), *d.shape), positions.T[tokens]  # [T, B]
+            each = torch.arange(len(tokens), device=d.device).unsqueeze(1)
+            kept.view(len(tokens), b, s, -1)[each, rows, own] = d.reshape(b, s, -1)[rows, own]
             return kept
 
         passes: list[dict[str, SampleGradient]] = []
-        for token in range(t if meeting or rest else 0):
-            at_edges: list[Tensor | None] = [None] * len(edges)
+        at_once = 1 if at_cut is None else self._at_once(capture, at_cut, t)
+        for tokens in torch.arange(t if meeting or rest else 0, device=output.device).split(at_once):
+            at_edges: list[Any] = [[None] * len(tokens)] * len(edges)  # of each, [T, ...] or T times None
             for i in rest:
-                at_edges[i] = alone(at_local[i], token)
+                if (d := at_local[i]) is not None:
+                    at_edges[i] = alone(d, tokens)
             if meeting and at_cut is not None:
-                found = torch.autograd.grad(
-                    start, [edges[i] for i in meeting], alone(at_cut, token), retain_graph=True, allow_unused=True
-                )
-                for i, d in zip(meeting, found, strict=True):
-                    at_edges[i] = d
-            passes.append(capture.collect(at_edges, but=done))
+                found = self._differentiate(start, [edges[i] for i in meeting], alone(at_cut, tokens))
+                for i, of_tokens in zip(meeting, found, strict=True):
+                    at_edges[i] = of_tokens
+            passes += [capture.collect(at_token, but=done) for at_token in zip(*at_edges, strict=True)]
         stacked = {name: stack([part[name] for part in passes]) for name in passes[0]} if passes else {}
         own = (use.tracked.pull_back(gradient, capture.parameters) for use, gradient in done.items())
         gradients = add_up([stacked, *own])
         if samples.index is not None:
             gradients = {name: gradient.select(samples.index) for name, gradient in gradients.items()}
         return gradients
+
+    def _at_once(self, capture: Capture, at_cut: Tensor, t: int) -> int:
+        """How many of `t` tokens one backward pass serves: on a GPU, which waits for small kernels, several.
+
+        What is large keeps the device busy by itself, and in one pass would take t times the memory.
+        """
+        if self.one_by_one or not at_cut.is_cuda or isinstance(capture.model, FSDPModule):
+            return 1
+        return max(1, min(t, TOGETHER // at_cut.numel()))
+
+    def _differentiate(
+        self, start: Tensor | GradientEdge, edges: Sequence[GradientEdge], cotangents: Tensor
+    ) -> list[Sequence[Tensor | None]]:
+        """The gradient at each edge, for each of the `cotangents` [T, ...] at `start`."""
+        differentiate = partial(torch.autograd.grad, start, edges, retain_graph=True, allow_unused=True)
+        if len(cotangents) > 1:
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "There is a performance drop")  # some kernels still go one by one
+                    found = differentiate(cotangents, is_grads_batched=True)
+                nothing: list[None] = [None] * len(cotangents)
+                return [nothing if d is None else d for d in found]  # type: ignore[misc]  # (a tensor, row by row)
+            except RuntimeError:  # an operation that knows no batch of gradients
+                self.one_by_one = True
+        return list(zip(*(differentiate(one) for one in cotangents), strict=True))
 
     def _search(self, capture: Capture, output: Tensor, cotangent: Tensor, position: int) -> None:
         """Find the cut and the local operations by differentiating one `position` alone.
