@@ -78,6 +78,7 @@ class GradientExtractor:
         self.model, self.parameters = model, dict(parameters)
         self.sample, self.tokens_per_sequence, self.autocast = sample, tokens_per_sequence, autocast
         self._passes = TokenPasses()
+        self._is_recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self.divergence, self.reference = make_divergence(divergence), reference
         self.oracle_parameters: dict[str, str] = {}  # name -> the operation that has no rule
         self._copy_operands = False
@@ -97,8 +98,7 @@ class GradientExtractor:
 
     def _differentiable(self) -> AbstractContextManager[Any]:
         """Without cuDNN for models with recurrent layers: its own have no gradient in eval mode."""
-        is_recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
-        return torch.backends.cudnn.flags(enabled=False) if is_recurrent else nullcontext()
+        return torch.backends.cudnn.flags(enabled=False) if self._is_recurrent else nullcontext()
 
     def __call__(
         self,
