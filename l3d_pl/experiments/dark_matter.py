@@ -343,7 +343,8 @@ def draw(rows: pd.DataFrame, found: pd.DataFrame) -> Figure:
         last.set(xlim=(-1, 1))
         last.set_title(f"{NAMES.get(str(name), name)}: a dot for each seed", fontsize=13)
         last.set_xlabel("rank correlation, ‖g‖² taken out", fontsize=13)
-        last.legend(frameon=False, fontsize=11)
         for ax in (*scatters, last):
             ax.tick_params(labelsize=12)
+    legend = axes[0][-1].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower right", ncols=len(MEASURES), frameon=False, fontsize=12)
     return figure
