@@ -256,11 +256,13 @@ def summarise(rows: pd.DataFrame) -> Summary:
         own, again = (arm[arm["against"] == against] for against in AGAINST)
         losses, others = (fits.groupby(["n_v", "seed"])["loss"].first() for fits in (own, again))
         mean, apart = losses.groupby("n_v").mean(), (losses - others).abs() / losses
-        *_, last = sizes = sorted(mean.index)
+        sizes = sorted(mean.index)
         label = f"{name}, {held} held"
         verdict[f"{label}: loss flat from n_v"] = flat_from(mean.to_dict(), max(0.05, float(apart.mean())))
         if len(sizes) > 1:
-            verdict[f"{label}: share of L that the last step takes off"] = spread(1 - losses[last] / losses[sizes[-2]])
+            verdict[f"{label}: share of L that the last step takes off"] = spread(
+                1 - losses[sizes[-1]] / losses[sizes[-2]]
+            )
         verdict[f"{label}: share of L that two seeds differ by"] = spread(apart)
         for n_v, fits in own.groupby("n_v"):
             floor = again[again["n_v"] == n_v]
@@ -279,7 +281,9 @@ def summarise(rows: pd.DataFrame) -> Summary:
                 }
             )
         for fits, against in ((own, ""), (again, ", another seed")):
-            beyond = fits[(fits["n_v"] == last) & fits["kind"].isin(KINDS[1:])]["kind"].value_counts(normalize=True)
+            beyond = fits[(fits["n_v"] == sizes[-1]) & fits["kind"].isin(KINDS[1:])]["kind"].value_counts(
+                normalize=True
+            )
             verdict |= {f"{label}: {kind}, of the last step's{against}": float(x) for kind, x in beyond.items()}
     return Summary(pd.DataFrame(table), {"completeness": draw(rows)}, verdict)
 
