@@ -176,7 +176,8 @@ def nmf(gradients: Tensor, n: int, seed: int) -> Found:
 
 def dictionary(gradients: Tensor, n: int, seed: int, k: float) -> Found:
     """The best of three penalties by L with best codes, on 1000 of its own rows."""
-    scaled, found = (gradients / gradients.square().mean(0).sum().sqrt()).numpy(), []
+    found: list[Found] = []
+    scaled = (gradients / gradients.square().sum(1).mean().sqrt()).numpy()
     epochs = math.ceil(DICTIONARY_STEPS * 256 / len(scaled))
     given = {"max_iter": epochs, "batch_size": 256, "tol": 0.0, "max_no_improvement": PATIENCE, "fit_algorithm": "cd"}
     for alpha in PENALTIES:
