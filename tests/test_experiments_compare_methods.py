@@ -106,6 +106,7 @@ def test_a_baseline_that_was_cut_short_says_so(
         "nmf": lambda: nmf(samples, N_V, 0).converged,
         "dictionary": lambda: dictionary(samples, N_V, 0, k=1 / N_V).converged,
     }
+    monkeypatch.setattr(compare_methods, "PATIENCE", 5)
     assert {name: found() for name, found in ended.items()} == {"nmf": True, "dictionary": True}
     assert k_means(samples, N_V, 0).converged
     assert pca(samples, N_V, 0).converged is None

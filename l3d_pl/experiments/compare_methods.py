@@ -283,8 +283,8 @@ def run(settings: Settings, output: Path, seed: int) -> list[dict[str, Any]]:
         for method in METHODS:
             doing(f"{name}, {method}")
             found, seconds, values = fit(method, toy, inputs, seed, settings.steps)
-            spent = {"cpu_seconds": seconds, "values": values, "converged": found.converged}
-            rows.append({"toy": name, "method": method} | spent | judge(toy, found, held_out))
+            row: dict[str, Any] = {"toy": name, "method": method, "cpu_seconds": seconds, "values": values}
+            rows.append(row | {"converged": found.converged} | judge(toy, found, held_out))
     return rows
 
 

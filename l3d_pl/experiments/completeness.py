@@ -194,7 +194,7 @@ def run(settings: Settings, output: Path, seed: int) -> list[dict[str, Any]]:
 
 def held_out(toy: Toy, samples: int, seed: int) -> Tensor:
     """Inputs that no fit has seen, [samples, *]: fresh ones of a toy task, or the digits' test images, in any order."""
-    data = toy.data_module(seed)
+    data: Any = toy.data_module(seed)
     data.setup()
     if isinstance(data, ToyData):
         return data.draw(samples, "test", seed).tensors["inputs"]
