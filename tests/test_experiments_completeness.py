@@ -10,7 +10,19 @@ from torch.nn.functional import normalize
 
 from l3d_pl.batch_topk import batch_topk
 from l3d_pl.cli import main
-from l3d_pl.experiments.completeness import costs, flat_from, kinds, nearest, span_share, together
+from l3d_pl.experiments.common import Toy
+from l3d_pl.experiments.completeness import (
+    AGAINST,
+    KINDS,
+    costs,
+    flat_from,
+    held_out,
+    kinds,
+    nearest,
+    span_share,
+    summarise,
+    together,
+)
 from l3d_pl.repair import State
 from l3d_pl.targets.toy import TiedAutoencoder
 from l3d_pl.targets.training import save_target
@@ -95,15 +107,74 @@ def test_where_the_loss_is_flat() -> None:
     assert flat_from({2: 1.0, 5: 1.1}) == 2
 
 
+def test_test_rows_follow_the_seed_and_are_not_the_training_rows() -> None:
+    toy = Toy("tms", {}, {"points": 50}, {})
+    data = toy.data_module(3)
+    data.setup()
+    rows = held_out(toy, 50, 3)
+    assert torch.equal(rows, held_out(toy, 50, 3))
+    assert not torch.equal(rows, held_out(toy, 50, 4))
+    assert not torch.equal(rows, data.train[torch.arange(50)]["inputs"])
+    digits = Toy("digits_cnn", {}, {}, {})
+    assert held_out(digits, 1000, 0).shape == (360, 1, 8, 8)
+    assert not torch.equal(held_out(digits, 20, 0), held_out(digits, 20, 1))
+
+
+def planted_rows() -> pd.DataFrame:
+    """Two seeds: L 1.0 and 0.6, two fits of one n_v a tenth apart; of four two kept, one split, one dead."""
+    rows = []
+    for seed in (0, 1):
+        for n_v, loss, own in ((2, 1.0, ["first"] * 2), (4, 0.6, ["kept", "kept", "split", "dead"])):
+            again = ["kept"] * n_v if seed else ["kept", *["residual"] * (n_v - 1)]
+            for against, found, level in (("smaller", own, loss), ("another seed", again, 0.9 * loss)):
+                for kind in found:
+                    place = ("first", *KINDS).index(kind)
+                    cost = {"merged": 0.1 * place, "removed": 0.1 * place + 0.5, "together": 0.01 * place}
+                    row = {"seed": seed, "target": "tms", "held": "L0", "n_v": n_v, "against": against, "kind": kind}
+                    rows.append(row | {"loss": level, "nearest_cos": 0.3} | cost)
+    return pd.DataFrame(rows)
+
+
+def test_the_table_has_the_floor_beside_what_came_in_and_what_each_kind_is_worth() -> None:
+    summary = summarise(planted_rows())
+    first, last = (row for _, row in summary.table.iterrows())
+    assert last["L"] == "0.600 ± 0.000"
+    assert last["kept / floor"] == "2.0 / 2.5"
+    assert last["split / floor"] == "1.0 / 0.0"
+    assert last["residual / floor"] == "0.0 / 1.5"
+    assert first["kept / floor"] == "– / 1.5"
+    assert last["L rises, merged"] == "kept 0.100, split 0.300"  # what is dead costs nothing
+    assert last["L rises, removed"] == "kept 0.600, split 0.800"
+    assert last["joint use"] == "kept 0.010, split 0.030"
+    assert first["L rises, removed"] == "first 0.500"
+
+
+def test_flat_is_judged_against_what_two_seeds_differ_by() -> None:
+    rows = planted_rows()
+    verdict = summarise(rows).verdict
+    assert verdict["tms, L0 held: loss flat from n_v"] is None  # it falls by 0.4, two seeds differ by 0.1
+    assert verdict["tms, L0 held: share of L that the last step takes off"] == "0.400 ± 0.000"
+    assert verdict["tms, L0 held: share of L that two seeds differ by"] == "0.100 ± 0.000"
+    assert verdict["tms, L0 held: split, of the last step's"] == pytest.approx(1 / 2)
+    assert verdict["tms, L0 held: residual, of the last step's, another seed"] == 1
+    small = rows.assign(loss=rows["loss"].replace({0.6: 0.92, 0.9 * 0.6: 0.82}))
+    assert summarise(small).verdict["tms, L0 held: loss flat from n_v"] == 2  # by 0.08: no more than the seeds
+
+
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.manual_seed(0)
-    save_target(tmp_path / "targets" / "tms_seed42.safetensors", TiedAutoencoder(gain=1.0))
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        save_target(tmp_path / "targets" / f"tms_seed{seed}.safetensors", TiedAutoencoder(gain=1.0))
     arguments = ["experiment", "completeness", "--tiny", "--seeds", "0", "1", "--output", str(tmp_path)]
     assert main(arguments) == 0
     rows = pd.read_csv(tmp_path / "seed_1" / "rows.csv")
-    assert rows.groupby(["held", "n_v"]).size().to_dict() == {("L0", 2): 2, ("L0", 4): 4, ("k", 2): 2, ("k", 4): 4}
+    own, again = (rows[rows["against"] == against] for against in AGAINST)
+    assert own.groupby(["held", "n_v"]).size().to_dict() == {("L0", 2): 2, ("L0", 4): 4, ("k", 2): 2, ("k", 4): 4}
+    assert len(own) == len(again)
+    assert (own.groupby(["held", "n_v"])["loss"].first() != again.groupby(["held", "n_v"])["loss"].first()).all()
+    assert set(again["kind"]) <= set(KINDS)
     assert rows.groupby("held")["k"].unique().map(list).to_dict()["k"] == [0.1]
-    assert set(rows[rows["n_v"] == 2]["kind"]) <= {"first", "repeat", "dead"}
+    assert set(own[own["n_v"] == 2]["kind"]) <= {"first", "repeat", "dead"}
     assert rows["loss"].between(0, 2).all()
     assert (tmp_path / "completeness.png").stat().st_size > 1000
     assert "TMS 5-2" in (tmp_path / "table.md").read_text()

@@ -10,6 +10,7 @@ from torch import Tensor
 from l3d_pl import L3D
 from l3d_pl.cli import main
 from l3d_pl.experiments.scaffolding import (
+    ARMS,
     ScaffoldData,
     by_circuit,
     ceiling,
@@ -19,6 +20,7 @@ from l3d_pl.experiments.scaffolding import (
     l0_of,
     outcome,
     planted,
+    summarise,
 )
 from l3d_pl.gradients import GradientExtractor
 from l3d_pl.targets.frozen import freeze, select_parameters
@@ -113,12 +115,37 @@ def test_dense_subnetworks_are_never_dead_and_stay_through_repairs(tmp_path: Pat
     assert (codes[:, 2:] == 0).any()
 
 
+def test_the_verdict_says_how_far_dense_is_from_its_own_rule() -> None:
+    """`dense` finds one more of four than `room`; of the sparse circuits it explains more, but at one strength less."""
+    rows = []
+    for strength, gain in ((1.0, -0.1), (4.0, 0.5)):
+        for seed in (0, 1):
+            for place, arm in enumerate(ARMS):
+                sparse = {"dense": 0.4 + gain + 0.01 * seed, "room": 0.4 + 0.01 * seed}.get(arm, 0.9)
+                outcome = "found" if arm == "dense" or (strength, seed) != (1.0, 0) else "lost"
+                row = {"seed": seed, "strength": strength, "arm": arm, "outcome": outcome, "sparse_explained": sparse}
+                others = "scaffold_energy scaffold_ceiling scaffold_explained largest_share effective_number loss l0"
+                rows.append(row | dict.fromkeys([*others.split(), "features_found"], 0.1 * place))
+    summary = summarise(pd.DataFrame(rows))
+    verdict = summary.verdict
+    assert verdict["dense over room: found"] == pytest.approx(0.25)
+    assert verdict["dense over room: found, least, at strength 4"] == pytest.approx(0)
+    assert verdict["dense over room: sparse explained"] == pytest.approx(0.2)
+    assert verdict["dense over room: sparse explained, least, at strength 1"] == pytest.approx(-0.1)
+    assert verdict["plain: lost"] == pytest.approx(0.25)
+    table = summary.table.set_index(["strength", "arm"])
+    assert table.loc[(1.0, "room"), ["found", "spread", "lost"]].tolist() == [1, 0, 1]
+    assert table.loc[(4.0, "dense"), "sparse explained"].startswith("0.9")
+    assert table.loc[(4.0, "dense"), "largest share"].startswith("0.20")
+
+
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["experiment", "scaffolding", "--tiny", "--seeds", "0", "1", "--output", str(tmp_path)]) == 0
     rows = pd.read_csv(tmp_path / "seed_1" / "rows.csv").set_index("arm")
-    assert list(rows.index) == ["plain", "room", "dense"]
+    assert list(rows.index) == ["plain", "room", "dense", "dense 3"]
     assert rows["l0"]["room"] == pytest.approx(rows["l0"]["plain"] + 1, abs=0.05)
     assert rows["l0"]["dense"] == pytest.approx(rows["l0"]["room"], abs=0.05)
+    assert rows["l0"]["dense 3"] == pytest.approx(rows["l0"]["plain"] + 3, abs=0.05)
     assert rows["scaffold_energy"].between(0, 1).all()
     assert (tmp_path / "scaffolding.png").stat().st_size > 1000
     assert "dense: found" in capsys.readouterr().out

@@ -1,8 +1,9 @@
 """Completeness: n_v goes up until the loss is flat. What do the subnetworks carry that come in with each step?
 
 Every subnetwork of a fit is held against the fit of the same seed with the next smaller n_v (`kinds`), and asked what
-it costs to do without it: taken away, or merged into the one most like it (`costs`). Two arms: L0 = k n_v held at the
-shipped config's, so that each sample is explained by as many subnetworks as before; and k held, as in the paper.
+it costs to do without it: taken away, or merged into the one most like it (`costs`). The floor: a fit of the same n_v
+from another seed, held against this one, where nothing has come in. Two arms: L0 = k n_v held at the shipped config's,
+so that each sample is explained by as many subnetworks as before; and k held, as in the paper.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from datamodules.toy import ToyData
 from l3d_pl.analysis.stability import cosines, match
 from l3d_pl.batch_topk import batch_topk
 from l3d_pl.errors import L3DError
@@ -34,6 +36,9 @@ KINDS = ("kept", "repeat", "split", "recombined", "residual", "dead")
 ALIKE, PART = 0.9, 0.5
 """|cos| above which two subnetworks are the same, and above which one is a part of the other."""
 
+AGAINST = ("smaller", "another seed")
+"""What a fit is held against: that of the next smaller n_v; one of the same n_v, which is the floor."""
+
 START = {"init_samples": 1000, "swap_samples": 1000}  # of every fit: fewer than the configs take, for speed
 
 NAMES = {"tms": "TMS 5-2", "tms_40_10": "TMS 40-10", "digits_cnn": "digits CNN block"}
@@ -48,20 +53,18 @@ class Settings:
         steps: {shipped config: training steps of each fit}.
         fixed_k: configs that are fitted with k held as well (L0 then grows with n_v).
         samples: test samples that everything is measured on.
-        target: seed of the targets' training.
     """
 
     sizes: dict[str, list[int]] = field(
         default_factory=lambda: {
-            "tms": [2, 3, 5, 8, 12],
-            "tms_40_10": [20, 40, 60],
+            "tms": [3, 5, 8, 12],
+            "tms_40_10": [20, 40, 80],
             "digits_cnn": [25, 50, 100],
         }
     )
-    steps: dict[str, int] = field(default_factory=lambda: {"tms": 600, "tms_40_10": 600, "digits_cnn": 184})
+    steps: dict[str, int] = field(default_factory=lambda: {"tms": 500, "tms_40_10": 500, "digits_cnn": 345})
     fixed_k: list[str] = field(default_factory=lambda: ["tms"])
     samples: int = 1000
-    target: int = 42
 
 
 TINY = {"sizes": {"tms": [2, 4]}, "steps": {"tms": 30}, "samples": 64}
@@ -166,36 +169,44 @@ def flat_from(losses: Mapping[int, float], least: float = 0.05) -> int | None:
 
 
 def run(settings: Settings, output: Path, seed: int) -> list[dict[str, Any]]:
-    """A row for each subnetwork of each fit."""
+    """A row for each subnetwork of each fit, of targets that are trained from this seed."""
     rows = []
     for name, sizes in settings.sizes.items():
         if name not in settings.steps:
             raise L3DError(f"steps: found none for {name}; allowed is a number for each config of sizes")
-        toy = load_toy(name, settings.target, output.parent)
+        toy = load_toy(name, seed, output.parent)
+        inputs = held_out(toy, settings.samples, seed)
         for arm in ("L0", "k") if name in settings.fixed_k else ("L0",):
-            before: Subnetworks | None = None
+            base: Subnetworks | None = None
             for n_v in sorted(sizes):
                 doing(f"{name}, {arm} held, n_v {n_v}")
                 k = toy.model["k"] if arm == "k" else min(1.0, toy.model["k"] * toy.model["n_subnetworks"] / n_v)
-                module = L3D(**(toy.model | START | {"n_subnetworks": n_v, "k": k}), seed=seed)
-                fit_quietly(module, toy.data_module(seed), max_steps=settings.steps[name], limit_val_batches=0)
-                found, base = look(module, test_gradients(toy, module, settings.samples), before, seed)
-                rows += [{"target": name, "held": arm, "n_v": n_v, "k": k, **row} for row in found]
-                before = base
+                for against in AGAINST:
+                    own_seed = seed if against == "smaller" else seed + 1000
+                    module = L3D(**(toy.model | START | {"n_subnetworks": n_v, "k": k}), seed=own_seed)
+                    fit_quietly(module, toy.data_module(own_seed), max_steps=settings.steps[name], limit_val_batches=0)
+                    gradients = module.extractor(inputs, torch.Generator().manual_seed(seed)).gradients
+                    found, live = look(module, module.subnetworks.prepare(gradients), base, seed)
+                    rows += [{"target": name, "held": arm, "n_v": n_v, "against": against, **row} for row in found]
+                    base = live if against == "smaller" else base
     return rows
 
 
-def test_gradients(toy: Toy, module: L3D, samples: int) -> Prepared:
-    """Gradients of the first test samples as one batch, the same references for every fit."""
-    extraction = module.extractor(toy.held_out()[:samples], torch.Generator().manual_seed(0))
-    return module.subnetworks.prepare(extraction.gradients)
+def held_out(toy: Toy, samples: int, seed: int) -> Tensor:
+    """Inputs that no fit has seen, [samples, *]: fresh ones of a toy task, or the digits' test images, in any order."""
+    data: Any = toy.data_module(seed)
+    data.setup()
+    if isinstance(data, ToyData):
+        return data.draw(samples, "test", seed).tensors["inputs"]
+    rows = toy.held_out()
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples]]
 
 
 @torch.no_grad()
 def look(
     module: L3D, prepared: Prepared, before: Subnetworks | None, seed: int
 ) -> tuple[list[dict[str, Any]], Subnetworks]:
-    """Rows of a fit, and its live subnetworks, for the next one to be held against."""
+    """Rows of a fit held against `before`, and its live subnetworks, for the next one to be held against."""
     v, energy = module.subnetworks, float(prepared.energy)
     state = state_of(v, 0, prepared, module.k)
     active = state.codes != 0
@@ -212,6 +223,7 @@ def look(
     overlap = together(active, near)
     rows = [
         {
+            "k": module.k,
             "loss": 1 + float(state.error()) / energy,
             "subnetwork": j,
             "kind": found[j] if before is not None or found[j] in ("dead", "repeat") else "first",
@@ -241,56 +253,87 @@ def summarise(rows: pd.DataFrame) -> Summary:
     table: list[dict[str, Any]] = []
     verdict: dict[str, Any] = {}
     for (name, held), arm in rows.groupby(["target", "held"], sort=False):
-        losses = arm.groupby(["n_v", "seed"])["loss"].first()
-        mean = losses.groupby("n_v").mean()
-        verdict[f"{name}, {held} held: loss flat from n_v"] = flat_from(mean.to_dict())
-        for n_v, fits in arm.groupby("n_v"):
-            n_seeds = fits["seed"].nunique()
-            counts = fits["kind"].value_counts() / n_seeds
-            added = fits[fits["kind"].isin(("repeat", "split", "recombined", "residual"))]
+        own, again = (arm[arm["against"] == against] for against in AGAINST)
+        losses, others = (fits.groupby(["n_v", "seed"])["loss"].first() for fits in (own, again))
+        mean, apart = losses.groupby("n_v").mean(), (losses - others).abs() / losses
+        sizes = sorted(mean.index)
+        label = f"{name}, {held} held"
+        verdict[f"{label}: loss flat from n_v"] = flat_from(mean.to_dict(), max(0.05, float(apart.mean())))
+        if len(sizes) > 1:
+            verdict[f"{label}: share of L that the last step takes off"] = spread(
+                1 - losses[sizes[-1]] / losses[sizes[-2]]
+            )
+        verdict[f"{label}: share of L that two seeds differ by"] = spread(apart)
+        for n_v, fits in own.groupby("n_v"):
+            floor = again[again["n_v"] == n_v]
+            live = fits[fits["kind"] != "dead"]
             table.append(
                 {
                     "target": NAMES.get(str(name), name),
                     "held": held,
                     "n_v": n_v,
                     "L": spread(losses[n_v]),
-                    **{kind: float(counts.get(kind, 0.0)) for kind in KINDS},
-                    "cost of one that is kept": _mean(fits[fits["kind"].isin(("kept", "first"))]["merged"]),
-                    "cost of one that came in": _mean(added["merged"]),
-                    "median |cos| with nearest": float(fits[fits["kind"] != "dead"]["nearest_cos"].median()),
+                    **{f"{kind} / floor": f"{_count(fits, kind)} / {_count(floor, kind)}" for kind in KINDS},
+                    "L rises, merged": by_kind(live, "merged"),
+                    "L rises, removed": by_kind(live, "removed"),
+                    "joint use": by_kind(live, "together"),
+                    "median |cos| with nearest": float(live["nearest_cos"].median()),
                 }
             )
-        new = arm[arm["kind"].isin(KINDS[1:])]
-        beyond = new[new["n_v"] == new["n_v"].max()]["kind"].value_counts(normalize=True)
-        verdict |= {f"{name}, {held} held: {kind}, of the last step's": float(share) for kind, share in beyond.items()}
+        for fits, against in ((own, ""), (again, ", another seed")):
+            beyond = fits[(fits["n_v"] == sizes[-1]) & fits["kind"].isin(KINDS[1:])]["kind"].value_counts(
+                normalize=True
+            )
+            verdict |= {f"{label}: {kind}, of the last step's{against}": float(x) for kind, x in beyond.items()}
     return Summary(pd.DataFrame(table), {"completeness": draw(rows)}, verdict)
 
 
-def _mean(values: pd.Series) -> float:
-    return float(values.mean()) if len(values) else math.nan
+def _count(fits: pd.DataFrame, kind: str) -> str:
+    """How many of a kind, the mean of the seeds; nothing is any kind where there is no smaller fit."""
+    return "–" if "first" in set(fits["kind"]) else f"{(fits['kind'] == kind).sum() / fits['seed'].nunique():.1f}"
+
+
+def by_kind(live: pd.DataFrame, column: str) -> str:
+    """The mean of a column for each kind that there is: "kept 0.115, split 0.011"."""
+    means = live.groupby("kind")[column].mean()
+    return ", ".join(f"{kind} {means[kind]:.3f}" for kind in ("first", *KINDS) if kind in means)
 
 
 def draw(rows: pd.DataFrame) -> Figure:
-    """Above: the loss against n_v, a dot for each seed. Below: what the subnetworks of each fit are."""
+    """Above: the loss against n_v, a dot for each fit. Below: what the subnetworks of each fit are, and the floor."""
     arms: Sequence[Any] = list(rows.groupby(["target", "held"], sort=False))
-    figure = Figure(figsize=(3.4 * len(arms), 6), layout="constrained")
+    figure = Figure(figsize=(4 * len(arms), 7.5), layout="constrained")
     axes = figure.subplots(2, len(arms), squeeze=False)
     colours = dict(zip(("first", *KINDS), ("#bbbbbb", *COLOURS[:5], "#444444"), strict=True))
     for column, ((name, held), arm) in enumerate(arms):
-        losses = arm.groupby(["n_v", "seed"])["loss"].first().reset_index()
         above, below = axes[0][column], axes[1][column]
-        above.plot(losses["n_v"], losses["loss"], "o", color=COLOURS[0], markersize=3, alpha=0.6)
-        mean = losses.groupby("n_v")["loss"].mean()
-        above.plot(mean.index, mean, color=COLOURS[0])
+        sizes = sorted(arm["n_v"].unique())
+        for against, fill, shift in zip(AGAINST, ("full", "none"), (-0.2, 0.2), strict=True):
+            fits = arm[arm["against"] == against]
+            losses = fits.groupby(["n_v", "seed"])["loss"].first()
+            at = losses.index.get_level_values("n_v")
+            above.plot(at, losses, "o", color=COLOURS[0], fillstyle=fill, markersize=5, alpha=0.7, label=against)
+            if against == "smaller":
+                above.plot(sizes, losses.groupby("n_v").mean(), color=COLOURS[0])
+            counts = fits.groupby("n_v")["kind"].value_counts().unstack(fill_value=0) / fits["seed"].nunique()
+            bottom = pd.Series(0.0, index=counts.index)
+            places = [sizes.index(n_v) + shift for n_v in counts.index]
+            for kind, colour in colours.items():
+                if kind in counts:
+                    alpha = 1.0 if against == "smaller" else 0.45
+                    below.bar(places, counts[kind], 0.36, bottom, color=colour, alpha=alpha, label=kind)
+                    bottom = bottom + counts[kind]
         above.set(title=f"{NAMES.get(str(name), name)}, {held} held", xlabel="n_v", ylabel="L on test samples")
-        above.set_ylim(0, None)
-        counts = arm.groupby("n_v")["kind"].value_counts().unstack(fill_value=0) / arm["seed"].nunique()
-        bottom = pd.Series(0.0, index=counts.index)
-        for kind, colour in colours.items():
-            if kind in counts:
-                below.bar([str(n) for n in counts.index], counts[kind], bottom=bottom, color=colour, label=kind)
-                bottom = bottom + counts[kind]
+        above.set_ylim(0, 1.08 * float(arm["loss"].max()))
+        below.set_xticks(range(len(sizes)), [str(n_v) for n_v in sizes])
         below.set(xlabel="n_v", ylabel="subnetworks, mean of seeds")
-    handles = {h.get_label(): h for ax in axes[1] for h in ax.containers}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=7, frameon=False)
+    handles = {bars.get_label(): bars for ax in axes[1] for bars in reversed(ax.containers)}
+    figure.legend(
+        [handles[kind] for kind in colours if kind in handles],
+        [kind for kind in colours if kind in handles],
+        loc="outside lower center",
+        ncols=7,
+        frameon=False,
+    )
+    figure.suptitle("filled, left: against the next smaller n_v; hollow, pale: the same n_v from another seed (floor)")
     return figure

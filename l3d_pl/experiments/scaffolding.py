@@ -6,7 +6,8 @@ of W_in and W_out and in b[o], so that these parts of a gradient are its circuit
 feature's column the row of the scaffold counts too: what is always there is something to build upon.)
 
 Arms: `plain`, batch top-k keeps as many coefficients as there are active features; `room`, one more for each sample;
-`dense`, the first subnetwork takes part in every sample (`n_dense` 1) and batch top-k keeps as many as in `plain`.
+`dense`, the first subnetwork takes part in every sample (`n_dense` 1) and batch top-k keeps as many as in `plain`;
+`dense 3`, three do, with two subnetworks more than the others have, so that the sparse circuits keep theirs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from l3d_pl.lightning_module import L3D
 from l3d_pl.targets.toy import Autoencoder
 from l3d_pl.toys import fit_quietly
 
-ARMS = ("plain", "room", "dense")
+ARMS = {"plain": 0, "room": 0, "dense": 1, "dense 3": 3}  # {arm: n_dense}
 OUTCOMES = ("found", "spread", "lost")
 
 
@@ -141,17 +142,16 @@ def run(settings: Settings, output: Path, seed: int) -> list[dict[str, Any]]:
     """A row for each strength and arm."""
     rows, n = [], settings.features
     for strength in settings.strengths:
-        data = {"strength": strength, "n_features": n, "probability": settings.probability, "n_test": settings.samples}
-        for arm in ARMS:
+        data = {"strength": strength, "n_features": n, "probability": settings.probability}
+        for arm, n_dense in ARMS.items():
             doing(f"strength {strength:g}, {arm}")
-            n_v, n_dense = n + 1 + settings.spare, int(arm == "dense")
+            n_v = n + max(1, n_dense) + settings.spare
             k = min(1.0, l0_of(arm, n, settings.probability) / (n_v - n_dense))
             sizes = {"n_subnetworks": n_v, "n_dense": n_dense, "init_samples": 500, "swap_samples": 1000}
             module = L3D(planted(n + 1), k=k, seed=seed, **sizes)  # type: ignore[arg-type]
             module_data = ScaffoldData(**data, steps_per_epoch=200, seed=seed)
             fit_quietly(module, module_data, max_steps=settings.steps, limit_val_batches=0)
-            module_data.setup()
-            inputs = module_data.test[torch.arange(settings.samples)]["inputs"]
+            inputs = module_data.draw(settings.samples, "test", seed).tensors["inputs"]
             rows.append({"strength": strength, "arm": arm, **measure(module, inputs)})
     return rows
 
@@ -191,7 +191,10 @@ def measure(module: L3D, inputs: Tensor) -> dict[str, Any]:
 
 
 def summarise(rows: pd.DataFrame) -> Summary:
-    """A row for each strength and arm; the verdict: how often each outcome, by arm."""
+    """A row for each strength and arm; the verdict: how often each outcome, and what always-on ones gain over `room`.
+
+    The gains are of one strength and seed: of all, and at the strength where there is least.
+    """
     table = []
     for (strength, arm), fits in rows.groupby(["strength", "arm"], sort=False):
         counts = fits["outcome"].value_counts()
@@ -216,6 +219,13 @@ def summarise(rows: pd.DataFrame) -> Summary:
         shares = fits["outcome"].value_counts(normalize=True)
         verdict |= {f"{arm}: {name}": float(shares.get(name, 0.0)) for name in OUTCOMES}
         verdict[f"{arm}: sparse explained"] = float(fits["sparse_explained"].mean())
+    rows = rows.assign(found=(rows["outcome"] == "found").astype(float))
+    for column, text in (("found", "found"), ("sparse_explained", "sparse explained")):
+        by_arm = rows.pivot(index=["strength", "seed"], columns="arm", values=column)
+        for arm in (arm for arm, n_dense in ARMS.items() if n_dense):
+            gain = (by_arm[arm] - by_arm["room"]).groupby("strength").mean()
+            verdict[f"{arm} over room: {text}"] = float(gain.mean())
+            verdict[f"{arm} over room: {text}, least, at strength {gain.idxmin():g}"] = float(gain.min())
     return Summary(pd.DataFrame(table), {"scaffolding": draw(rows)}, verdict)
 
 
@@ -226,11 +236,11 @@ def draw(rows: pd.DataFrame) -> Figure:
         "largest_share": "scaffold: largest subnetwork's share",
         "sparse_explained": "sparse circuits: share explained",
     }
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(13.5, 4.2), layout="constrained")
     for ax, (name, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for arm, colour, shift in zip(ARMS, COLOURS, (-1, 0, 1), strict=False):
+        for arm, colour, shift in zip(ARMS, COLOURS, (-1.5, -0.5, 0.5, 1.5), strict=False):
             fits = rows[rows["arm"] == arm]
-            ax.plot(fits["strength"] * 1.04**shift, fits[name].clip(lower=-0.1), "o", color=colour, ms=3, alpha=0.5)
+            ax.plot(fits["strength"] * 1.04**shift, fits[name].clip(lower=-0.1), "o", color=colour, ms=5, alpha=0.5)
             mean = fits.groupby("strength")[name].mean().clip(lower=-0.1)
             ax.plot(mean.index * 1.04**shift, mean, color=colour, label=arm)
         ax.set(xscale="log", xlabel="strength of the scaffold", ylabel=label, ylim=(-0.12, 1.03))
