@@ -118,7 +118,9 @@ def settings_help(name: str) -> str:
     Raises:
         L3DError: there is none of that name.
     """
-    return f"settings of {name}. " + _parser(load_experiment(name)).format_help().split("\n\n")[-1]  # after the parser's own
+    return (
+        f"settings of {name}. " + _parser(load_experiment(name)).format_help().split("\n\n")[-1]
+    )  # after the parser's own
 
 
 def _parser(experiment: ModuleType) -> Parser:
