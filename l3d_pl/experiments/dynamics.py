@@ -223,8 +223,8 @@ def _task(task: str, settings: Settings, output: Path, seed: int) -> list[dict[s
     rows += _compared("another seed", 0, 0, found[0], another.decomposition(), settings.same)
     random = _random(found[0], seed)
     rows += _compared("random", 0, 0, found[0], random, settings.same)
-    last = going_on[steps[-1]].decomposition()
-    return rows + _task_rows(found[0], last, random, settings.same, models, shift.new(seed=seed))
+    at_end = going_on[steps[-1]].decomposition()
+    return rows + _task_rows(found[0], at_end, random, settings.same, models, shift.new(seed=seed))
 
 
 def _fit(settings: Settings, shift: Shift, model: nn.Module, seed: int, start: L3D | None = None) -> L3D:
