@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,7 @@ from l3d_pl.batch_topk import batch_topk
 from l3d_pl.configs_path import shipped_configs
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.divergence import make_divergence
-from l3d_pl.experiments.common import COLOURS, Summary, doing, spread
+from l3d_pl.experiments.common import COLOURS, Summary, cell, doing, spread
 from l3d_pl.lightning_cli import train_target
 from l3d_pl.lightning_module import L3D
 from l3d_pl.targets.digits import DigitsCNN
@@ -483,8 +484,8 @@ def summarise(rows: pd.DataFrame) -> Summary:
         )
         mine = found[(found["quantity"] == quantity) & found["counts"]]
         verdict[f"{text}: beyond the noise"] = (
-            "; ".join(f"{row.factor} {row.effect:+.3g} ({abs(row.effect) / row.spread:.1f} spreads)"
-                      for row in mine.itertuples())
+            "; ".join(f"{factor} {effect:+.3g} ({size:.1f} spreads)" for factor, effect, size in
+                      zip(mine["factor"], mine["effect"], mine["effect"].abs() / mine["spread"], strict=True))
             or "nothing"
         )  # fmt: skip
     verdict["effects looked at"] = len(found)
@@ -514,7 +515,8 @@ def summarise(rows: pd.DataFrame) -> Summary:
             if part[column].notna().any():
                 verdict[f"target {name}: {str(column).removeprefix('target_')}"] = spread(part[column])
     found["in spreads"] = [
-        f"{'**' * row.counts}{row.effect / row.spread:+.1f}{'**' * row.counts}" for row in found.itertuples()
+        cell(size) if math.isnan(size) else f"**{size:+.1f}**" if counts else f"{size:+.1f}"
+        for size, counts in zip(found["effect"] / found["spread"], found["counts"], strict=True)
     ]
     found["quantity"] = found["quantity"].map(QUANTITIES)
     sizes = found.pivot(index="quantity", columns="factor", values="in spreads")
