@@ -415,12 +415,15 @@ def slurm_command(args: list[str]) -> None:
 
 def experiment_command(args: list[str]) -> None:
     from l3d_pl.experiments import EXPERIMENTS
-    from l3d_pl.experiments.common import SEEDS, load_experiment, parse_settings, run_experiment
+    from l3d_pl.experiments.common import SEEDS, load_experiment, parse_settings, run_experiment, settings_help
 
+    named = next((word for word in args if word in EXPERIMENTS), None) if {"-h", "--help"} & set(args) else None
     parser = OneLineParser(
         prog="l3d experiment",
-        description="A question that the paper leaves open (docs/experiments). Other options are the experiment's own "
-        "settings, such as --steps 400.",
+        description="A question that the paper leaves open (docs/experiments). Other options are the experiment's own\n"
+        "settings, such as --steps 400; `l3d experiment NAME --help` lists them.",
+        epilog=settings_help(named) if named else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("name", help=", ".join(EXPERIMENTS))

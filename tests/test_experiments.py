@@ -44,7 +44,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def summarise(rows: pd.DataFrame) -> Summary:
         table = rows.groupby("level")["value"].mean().reset_index()
-        return Summary(table, {"values": Figure()}, {"largest": rows["value"].max(), "nothing": float("nan")})
+        verdict = {"largest": rows["value"].max(), "nothing": float("nan")}
+        return Summary(table, {"values": Figure()}, verdict, {"by_seed": rows[["seed", "value"]]})
 
     module = ModuleType("quick_experiment")
     module.__dict__.update(Settings=Settings, TINY={"offset": 0}, run=run, summarise=summarise)
@@ -68,9 +69,16 @@ def test_seeds_are_kept_and_summarised_together(tmp_path: Path, runs: list[int])
     assert [seed["seed"] for seed in manifest["seeds"]] == [0, 1, 3]
     assert manifest["seeds"][2]["command"] == f"l3d experiment quick --seed 3 --output {tmp_path}"
     assert manifest["seeds"][0]["versions"]["torch"]
+    assert manifest["dates"] == sorted({seed["created"][:10] for seed in manifest["seeds"]})
+    for unit in ("seconds", "cpu_seconds"):
+        assert manifest[unit] == pytest.approx(sum(seed[unit] for seed in manifest["seeds"]))
     table = pd.read_csv(tmp_path / "table.csv")
     assert table["value"].tolist() == pytest.approx([34 / 3, 68 / 3])
-    assert (tmp_path / "table.md").read_text().splitlines()[2] == "| 1.000 | 11.333 |"
+    assert len(pd.read_csv(tmp_path / "by_seed.csv")) == 6
+    text = (tmp_path / "table.md").read_text()
+    assert text.splitlines()[2] == "| 1.000 | 11.333 |"
+    assert "**by_seed**" in text
+    assert "| largest | 26 |" in text
     assert (tmp_path / "values.png").stat().st_size > 0
     assert not [path for path in tmp_path.iterdir() if "writing" in path.name]
 
@@ -111,6 +119,18 @@ def test_bad_input_is_one_line(tmp_path: Path, runs: list[int], capsys: pytest.C
     assert main(["experiment", "quik"]) == 2
     assert "did you mean 'quick'" in capsys.readouterr().err
     assert runs == [0]
+
+
+def test_help_lists_the_settings_of_the_experiment(capsys: pytest.CaptureFixture[str], runs: list[int]) -> None:
+    def said(*args: str) -> str:
+        with pytest.raises(SystemExit, match="0"):
+            main(["experiment", *args])
+        return capsys.readouterr().out
+
+    for args in (("quick", "--help"), ("-h", "quick")):
+        assert all(text in said(*args) for text in ("--offset OFFSET", "added to the seed", "--seeds"))
+    assert "--offset" not in said("--help")
+    assert runs == []
 
 
 def test_batch_script_runs_the_seed_of_its_task() -> None:

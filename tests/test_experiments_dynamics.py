@@ -1,17 +1,39 @@
 """Experiment dynamics: its measures where the answer is known, and the command end to end."""
 
+import copy
 import math
 from itertools import product
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+from oracles import planted_decomposition
+from torch.nn.functional import cross_entropy
 
+from datamodules.digits import DigitsData
+from datamodules.loading import Rows
 from datamodules.text import TextData
+from l3d_pl import L3D
+from l3d_pl.analysis.stability import cosines
 from l3d_pl.cli import main
 from l3d_pl.experiments.behaviours import NEW_NAMES, NewNames
-from l3d_pl.experiments.dynamics import attributed, coordinates, fates, share_in_span, shares
+from l3d_pl.experiments.common import Toy
+from l3d_pl.experiments.dynamics import (
+    Settings,
+    Shift,
+    _fit,
+    _random,
+    _task_rows,
+    _verdict,
+    attributed,
+    coordinates,
+    fates,
+    share_in_span,
+    shares,
+)
 from l3d_pl.experiments.text import Backwards
+from l3d_pl.targets.digits import DigitsCNN
 
 ALIVE = torch.ones(3, dtype=torch.bool)
 
@@ -110,6 +132,91 @@ def test_shares_count_the_living() -> None:
     assert (found["persists"], found["vanishes"], found["appears"]) == (0.5, 0.5, pytest.approx(2 / 3))
     assert found["alive"] == 2
     assert math.isnan(found["p_act"])
+
+
+def test_the_loss_falls_along_the_subnetwork_that_the_model_was_moved_along() -> None:
+    first, last, moved = planted_decomposition(4), planted_decomposition(4), 2
+    with torch.no_grad():  # afterwards there is another one in its place
+        core = last.subnetworks.v_out.parameters_of("weight").tucker.core
+        core[moved] = 0
+        core[moved, moved, 0] = 1
+    random = torch.Generator().manual_seed(0)
+    inputs, labels = torch.randn(300, 4, generator=random), torch.randint(4, (300,), generator=random)
+    rows = Rows(inputs=inputs, labels=labels)
+    data = SimpleNamespace(setup=lambda: None, train=rows, validation=rows)
+    models = {}
+    for step in (0, 1, 2, 3):
+        models[step] = copy.deepcopy(first.target)
+        with torch.no_grad():
+            models[step].weight += 0.2 * step * first.direction(moved)["weight"]
+    losses = [float(cross_entropy(models[step](inputs), labels)) for step in models]
+    found = pd.DataFrame(_task_rows(first, last, _random(first, 0), 0.7, models, data))
+    assert found[found["kind"] == "task"]["loss"].tolist() == pytest.approx(losses)
+    parts, fell = found[found["kind"] == "part"].set_index(["side", "subnetwork"]), losses[-1] - losses[0]
+    before, after = parts.loc["before"], parts.loc["after"]
+    assert before["part"][moved] == pytest.approx(fell, rel=0.01)
+    assert before["part"].drop(moved).abs().max() < 1e-4 * abs(fell)
+    assert after["part"].abs().max() < 0.1 * abs(fell)  # those that are there now had next to no part
+    assert (before["fate"][moved], after["fate"][moved]) == ("vanishes", "appears")
+    assert set(before["fate"].drop(moved)) == set(after["fate"].drop(moved)) == {"persists"}
+    path = found[found["kind"] == "path"].iloc[0]
+    assert path["carried"] == pytest.approx(fell, rel=0.01)
+    assert path["in_span_before"] == pytest.approx(1)
+    assert path["in_span_after"] < 0.1
+
+
+def test_going_on_begins_with_the_subnetworks_that_were_there() -> None:
+    model = {"target": DigitsCNN((4, 8), 16), "parameters": ["fc1.weight"], "divergence": "kl", "ranks": 0.2}
+    shift = Shift(Toy("digits_cnn", model | {"lr": 0.0}, {}, {}), "cross_entropy", NewNames, DigitsData, fit_steps=4)
+    settings = Settings(n_subnetworks=6)
+    start = L3D(**model, n_subnetworks=6, init="random", seed=5)
+    again = _fit(settings, shift, model["target"], 0, start)
+    cos = cosines(start.subnetworks.v_out, again.subnetworks.v_out).detach()
+    torch.testing.assert_close(cos.diagonal(), torch.ones(6), rtol=0, atol=1e-5)
+    scratch = _fit(settings, shift, model["target"], 0)
+    assert cosines(start.subnetworks.v_out, scratch.subnetworks.v_out).abs().max() < 0.9
+
+
+def test_the_verdict_of_planted_rows() -> None:
+    """Those that turn most carry most, those that vanish four times as much as those that persist; two seeds."""
+    rows: list[dict[str, object]] = []
+    for seed in (0, 1):
+        facts = {"task": "digits", "seed": seed}
+        rows += [facts | {"kind": "task", "to": t, "loss": 5.0 - t + seed, "accuracy": t / 4} for t in (0, 1, 3)]
+        rows.append(
+            facts
+            | {"kind": "path", "carried": -2.0, "in_span_before": 0.5, "in_span_after": 0.6, "in_span_random": 0.01}
+        )
+        for side, k, fate, cos, p_act, part in (
+            *(("before", 0, "persists", 0.95, 0.1, -0.1), ("before", 1, "persists", 0.9, 0.3, 0.3)),
+            *(("before", 2, "vanishes", 0.3, 0.2, -0.8), ("before", 3, "dead", 0.9, 0.0, 9.0)),
+            *(("after", 0, "persists", 0.95, 0.1, 0.5), ("after", 2, "appears", 0.3, 0.1, -0.25 - seed)),
+            ("random", 0, "random", float("nan"), 1.0, 0.01),
+        ):
+            row = {"kind": "part", "side": side, "subnetwork": k, "fate": fate, "cos": cos, "p_act": p_act}
+            rows.append(facts | row | {"part": part})
+    arms = {"scratch": 0.4, "another seed": 0.5, "going on": 0.6, "unchanged": 0.9}
+    found = pd.DataFrame(
+        {"seed": seed, "arm": arm, "from": 0, "to": 0 if arm == "another seed" else to, "cos": cos - to / 100}
+        for seed in (0, 1)
+        for arm, cos in arms.items()
+        for to in (1, 3)
+    )
+    verdict = _verdict(pd.DataFrame(rows), found)
+    assert [verdict[f"new task, loss at {t}"] for t in (0, 1, 3)] == [5.5, 4.5, 2.5]
+    assert verdict["rank correlation of turning with the part in the loss"] == "1.00 ± 0.00"  # the dead do not count
+    assert verdict["rank correlation of P_act with the part in the loss"] == "0.50 ± 0.00"
+    assert verdict["mean |part|, before, persists"] == "0.2 ± 0"
+    assert verdict["mean |part|, before, vanishes"] == "0.8 ± 0"
+    assert verdict["|part|, vanishes over persists"] == "4.00 ± 0.00"
+    assert verdict["|part|, vanishes above persists, seeds"] == "2 of 2"
+    assert verdict["|part|, appears over persists"] == "1.50 ± 1.41"
+    assert verdict["|part|, appears above persists, seeds"] == "1 of 2"
+    assert verdict["mean |part|, random"] == "0.01 ± 0"
+    assert verdict["of it along those after"] == "-0.25 ± 0.71"
+    assert verdict["share of the step in the span of those after"] == "0.600 ± 0.000"
+    assert verdict["|cos|, scratch minus another seed"] == "-0.10 ± 0.00"
+    assert verdict["|cos|, going on minus unchanged"] == "-0.30 ± 0.00"
 
 
 def test_command(tmp_path, capsys) -> None:

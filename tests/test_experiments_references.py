@@ -1,6 +1,7 @@
 """`l3d experiment references`: the measures on cases with a known answer, and the whole of it in a tiny setting."""
 
 import json
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -12,10 +13,12 @@ from l3d_pl.cli import main
 from l3d_pl.experiments.references import (
     AGAIN,
     REFERENCES,
+    UNSWAPPED,
     ContrastData,
     loss_of,
     sameness,
-    steps_to_level,
+    steps_to,
+    steps_to_own,
     summarise,
     without_one,
 )
@@ -62,15 +65,42 @@ def test_sameness() -> None:
     assert sameness(a, b) < 0.7
 
 
-def test_steps_to_level() -> None:
+def test_steps_to_a_level() -> None:
     curve = pd.DataFrame({"step": [0, 10, 20, 30, 40], "loss": [5.0, 1.05, 1.3, 1.09, 1.0]})
-    assert steps_to_level(curve) == 30  # at 10 it was there, but did not stay
-    assert steps_to_level(curve, tolerance=10) == 0
+    assert steps_to(curve, 1.1) == 30  # at 10 it was there, but did not stay
+    assert steps_to(curve, 2.0) == 10
+    assert steps_to(curve, 9.0) == 0
+    assert math.isnan(steps_to(curve, 0.9))
+    assert steps_to_own(curve) == 30
+    assert steps_to_own(curve, tolerance=10) == 0
+
+
+def test_all_are_judged_at_one_level_of_each_target() -> None:
+    """`mean` is the first within a tenth of its own, higher, end, and later than `random` at a level common to both."""
+    curves = {"random": (3.0, 1.2, 1.0), "mean": (1.3, 1.22, 1.2), "uniform": (2.0, 1.6, 1.5)}
+    figures = dict.fromkeys(("recovered", "r2", "r2_ratio", "r2_sum", "r2_sum_ratio", "same"), 0.5)
+    rows: list[dict[str, object]] = []
+    for target, scale in ((42, 1.0), (1, 10.0)):
+        for arm, losses in curves.items():
+            facts = {"seed": 0, "target": target, "recipe": "l3d_pl", "reference": arm}
+            points = zip((0, 10, 20, -1), (*losses, losses[-1]), strict=True)
+            rows += [facts | {"step": step, "judge": "random", "loss": scale * loss} for step, loss in points]
+            rows[-1] |= figures
+    found = summarise(pd.DataFrame(rows))
+    table = found.table.set_index(["target", "trained with"])
+    for target in (42, 1):
+        steps = table.loc[target]["steps to common L"].to_dict()
+        assert steps == {"random": "1 of 1: 10", "mean": "1 of 1: 10", "uniform": "0 of 1: –"}
+        assert table.loc[target]["steps to own L"].to_dict() == {"random": "20", "mean": "0", "uniform": "10"}
+    assert found.verdict["common L of target 1"] == pytest.approx(12.5)
+    assert found.verdict["l3d_pl, target 42, uniform: steps to common L"] is None
 
 
 def test_tiny_run(tmp_path: Path) -> None:
     assert main(["experiment", "references", "--tiny", "--seeds", "0", "--output", str(tmp_path)]) == 0
     rows = pd.read_csv(tmp_path / "seed_0" / "rows.csv")
+    assert set(rows[rows["recipe"] != "l3d_pl"]["reference"]) == set(UNSWAPPED)
+    rows = rows[rows["recipe"] == "l3d_pl"]
     assert set(rows["reference"]) == {*REFERENCES, AGAIN}
     curve = rows[(rows["step"] >= 0) & (rows["reference"] == "random")]
     assert curve["step"].tolist() == [0, 10, 20]
@@ -79,4 +109,6 @@ def test_tiny_run(tmp_path: Path) -> None:
     assert final.loc[("random", "random"), "same"] == pytest.approx(1, abs=1e-5)
     assert final.loc[(AGAIN, "random"), "same"] < 0.99
     assert len(summarise(rows).table) == 5
-    assert "l3d_pl, mean: steps" in json.loads((tmp_path / "manifest.json").read_text())["verdict"]
+    assert (
+        "l3d_pl, target 42, mean: steps to common L" in json.loads((tmp_path / "manifest.json").read_text())["verdict"]
+    )

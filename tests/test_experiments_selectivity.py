@@ -15,6 +15,7 @@ from l3d_pl.experiments.selectivity import (
     curve_of,
     directions_of,
     falls_below,
+    output_gradient,
     own_and_others,
     ratio,
     summarise,
@@ -52,6 +53,7 @@ def test_selectivity_of_a_planted_subnetwork_and_of_its_controls(planted: Decomp
     assert 0.7 < middle["random"] < 1.3
     assert 1.3 < middle["random, best output"] < 4
     assert middle["gradient"] > 3
+    assert middle["own output's gradient"] == pytest.approx(math.inf)  # of W x: the rows of W are apart
 
 
 def test_the_gradient_control_turns_its_rows_one_way(planted: Decomposition) -> None:
@@ -64,6 +66,15 @@ def test_the_gradient_control_turns_its_rows_one_way(planted: Decomposition) -> 
     wanted = sum(gradients[i] * c[i].sign() for i in most)
     found = top_gradient(planted, 2, inputs, top=30)["weight"]
     torch.testing.assert_close(found, wanted / wanted.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_an_output_is_that_of_the_rows_with_its_feature(planted: Decomposition) -> None:
+    inputs = torch.rand(30, 5, generator=torch.Generator().manual_seed(0)) + 1
+    inputs[10:, 2] = 0
+    found = output_gradient(planted, inputs, 2)["weight"]  # of (W x)_2: x, in row 2
+    assert torch.equal(found[[0, 1, 3, 4]], torch.zeros(4, 5))
+    mean = inputs[:10].mean(0)
+    torch.testing.assert_close(found[2], mean / mean.norm())
 
 
 def test_own_and_others() -> None:
@@ -84,7 +95,7 @@ def test_falls_below() -> None:
 def test_tiny_run(tmp_path: Path) -> None:
     assert main(["experiment", "selectivity", "--tiny", "--seeds", "0", "--output", str(tmp_path)]) == 0
     rows = pd.read_csv(tmp_path / "seed_0" / "rows.csv")
-    assert {"subnetwork", "random", "gradient", "layer 0", "layer 4"} <= set(rows["kind"])
+    assert {"subnetwork", "random", "gradient", "own output's gradient", "layer 0", "layer 4"} <= set(rows["kind"])
     assert rows["step"].min() == pytest.approx(0.001)
     medians = rows[rows["step"] == rows["step"].min()].groupby("kind")["selectivity"].median()
     assert medians["random"] < medians["random, best output"] < medians["subnetwork"]

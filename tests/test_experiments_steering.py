@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import OrderedDict
 from itertools import product
 
 import pandas as pd
@@ -10,21 +11,26 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from datamodules.loading import Rows, exact_loader
+from l3d_pl import Decomposition, Subnetworks
 from l3d_pl.cli import main
-from l3d_pl.experiments import behaviours
+from l3d_pl.experiments import behaviours, steering
 from l3d_pl.experiments.behaviours import read
 from l3d_pl.experiments.steering import (
     Along,
+    Contest,
     Full,
     LoRA,
     Tuning,
-    _difference_of_means,
+    best_rate,
     costs,
     curve,
+    differences_of_means,
     divergences,
     gains,
     side_at,
     strength_at,
+    summarise,
     wins,
 )
 from l3d_pl.experiments.text import Text
@@ -86,6 +92,17 @@ class Pairs(nn.Module):
         return self.rows[input_ids]
 
 
+class Positions(Pairs):
+    """The same, and each position adds its number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = nn.Identity()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.seen(self.rows[input_ids] + torch.arange(4.0)[:, None])
+
+
 SEQUENCES = {
     "input_ids": torch.tensor([[1, 2, 3, 1], [0, 1, 2, 2]]),
     "attention_mask": torch.ones(2, 4, dtype=torch.long),
@@ -127,6 +144,8 @@ def test_words_are_frequent_and_followed_by_their_continuation() -> None:
             assert int(there.sum()) * 2 == len(there)
         assert len(pair.held_out["input_ids"]) == 20
         assert (pair.examples["input_ids"][:, 1:] == pair.a).any(1).all()
+        _, before, after = read(pair.followed, pair.followed["input_ids"])
+        assert int(((before == pair.b) & (after == pair.a)).sum()) >= len(pair.followed["input_ids"]) > 0
 
 
 def test_a_steering_vector_is_a_difference_of_means() -> None:
@@ -135,8 +154,21 @@ def test_a_steering_vector_is_a_difference_of_means() -> None:
     batch = {"inputs": inputs, "labels": torch.tensor([0, 0, 1, 2, 1, 1])}
     behaviour = behaviours.Behaviour(0, 1, ("0", "1"), list, batch, batch, batch)
     expected = model(inputs)[:2].mean(0) - model(inputs)[[2, 4, 5]].mean(0)
-    assert torch.allclose(_difference_of_means(model, "0", "output", behaviour), expected, atol=1e-6)
-    assert torch.allclose(_difference_of_means(model, "1", "input", behaviour), expected, atol=1e-6)
+    for layer, side in (("0", "output"), ("1", "input")):
+        found = differences_of_means(model, layer, side, behaviour)
+        assert list(found) == ["vector"]  # what is right is the context here
+        assert torch.allclose(found["vector"], expected, atol=1e-6)
+
+
+def test_a_steering_vector_within_a_context_is_a_contrast_of_what_follows() -> None:
+    train = SEQUENCES | {"input_ids": torch.tensor([[1, 2, 3, 1], [0, 1, 3, 1]])}  # after 1: 2, then 3
+    followed = SEQUENCES | {"input_ids": torch.tensor([[1, 2, 1, 2], [0, 3, 1, 2]])}
+    behaviour = behaviours.Behaviour(2, 1, ("2", "1"), list, train, train, train, followed)
+    hooked = Positions()
+    found = differences_of_means(hooked, "seen", "output", behaviour)["vector, within b"]
+    towards = [hooked.rows[1] + p for p in (0, 2, 2)]  # places of 1 before 2 in `followed`
+    away = [hooked.rows[1] + 1]  # of 1 before another in `train`
+    assert torch.allclose(found, torch.stack(towards).mean(0) - torch.stack(away).mean(0), atol=1e-6)
 
 
 def test_divergence_has_the_direction_of_the_page() -> None:
@@ -218,13 +250,84 @@ def test_tuning_looks_at_the_others_only_if_they_are_kept(labels: torch.Tensor, 
     assert [name for name, _ in tuning.named_parameters()] == ["shift.delta"]
 
 
+@pytest.fixture
+def contest(monkeypatch: pytest.MonkeyPatch) -> Contest:
+    """A model that says of a class number that number; 1 is to be called 0. Subnetwork k moves one entry of the table:
+    number 4 that of class 1 towards 0, number 2 as much of it as spills over to class 2, the others what has nothing
+    to do with it."""
+    entries = [(0, 1), (2, 1), None, (0, 2), (1, 0)]
+    spilling = torch.zeros(3, 3)
+    spilling[1, 0], spilling[2, 0] = 0.8, 0.6
+    truth = torch.stack([spilling if e is None else torch.eye(9)[3 * e[0] + e[1]].view(3, 3) for e in entries])
+    found = Subnetworks({"rows.weight": (3, 3)}, 5, 3)
+    for side in (found.v_in, found.v_out):
+        tucker = side.parameters_of("rows.weight").tucker
+        with torch.no_grad():
+            tucker.core.copy_(truth.mT)  # a layer's weight is [outputs, inputs]
+            for factor in tucker.factors:
+                factor.copy_(torch.eye(3).expand_as(factor))
+    target = nn.Sequential(OrderedDict(rows=nn.Linear(3, 3)))
+    with torch.no_grad():
+        target.rows.weight.copy_(4 * torch.eye(3))
+        target.rows.bias.zero_()
+    labels = torch.arange(3).repeat(40)
+    batch = {"inputs": torch.eye(3)[labels], "labels": labels}
+    behaviour = behaviours.Behaviour(0, 1, ("0", "1"), lambda: exact_loader(Rows(**batch), 30, seed=0), *[batch] * 3)
+    for name, value in (
+        ("LORA_AT", "rows"),
+        ("VECTOR_AT", ("rows", "rows", "output")),
+        ("RATES", (0.3, 0.3, 0.3, 0.3)),
+        ("JUDGED_AT", 0.9),
+    ):
+        monkeypatch.setitem(getattr(steering, name), "table", value)
+    return Contest("table", 1, 60, Decomposition(found, target, "kl", p_act=torch.ones(5)), behaviour, seed=0)
+
+
+def test_training_goes_along_the_subnetwork_of_the_behaviour_and_gets_there(contest: Contest) -> None:
+    methods = list(contest.learned)
+    assert methods == ["subnetworks, 1", "random, 1", "subnetworks, 5", "random, 5", "LoRA", "full"]
+    _, shift = contest.train("subnetworks, 1", 0.0, 0.3)
+    along = shift["rows.weight"] / shift["rows.weight"].norm()
+    assert float(along[0, 1]) == pytest.approx(1)  # number 4, by its gain, and towards a
+    rates = pd.DataFrame({"method": methods, "keep": 0.0, "lr": 0.3})
+    rows = pd.DataFrame(steering._pair_rows(contest, rates)).assign(seed=0, task="table")
+    ends = rows.set_index(["method", "keep", "strength"])
+    for method in set(methods) - {"random, 1"}:
+        assert ends.loc[(method, 0.0, 0.0), "wanted"] < 0.02
+        assert ends.loc[(method, 0.0, 1.0), "wanted"] > 0.9
+    found = costs(rows)
+    assert wins(found, "subnetworks, 1", "LoRA", 0.0, 0.9) == 1  # it touches nothing else
+    assert wins(found, "subnetworks, 1", "vector", 0.0, 0.9) == 1
+    summary = summarise(rows)
+    assert summary.verdict["table: subnetworks, 1 cheaper than LoRA at 0.9, b alone"] == 1
+    assert summary.verdict["table: subnetworks, 1 cheaper than random, 1 at 0.9, b alone"] == 1
+    line = summary.table.set_index(["method", "others kept"]).loc[("subnetworks, 1", "no")]
+    assert line["side at 0.9"].startswith("1 of 1: ")
+    assert summary.tables["rates"]["learning rate, b alone"].tolist() == [0.3] * 6
+
+
+def test_the_best_rate_costs_least_where_it_gets_there_else_it_gets_furthest() -> None:
+    tried = pd.DataFrame({"side": [0.3, 0.2, math.nan], "most": [0.9, 0.92, 0.4]}, index=[4, 5, 6])
+    assert best_rate(tried) == 5
+    assert best_rate(tried.assign(side=math.nan)) == 5
+    assert best_rate(tried.assign(side=math.nan, most=[0.5, 0.1, 0.2])) == 4
+
+
 def test_command(tmp_path, capsys) -> None:
     arguments = ["experiment", "steering", "--tiny", "--seeds", "0", "--output", str(tmp_path)]
     assert main(arguments) == 0
     assert "subnetworks, 2" in capsys.readouterr().out
     rows = pd.read_csv(tmp_path / "seed_0" / "rows.csv")
     methods = {"subnetworks, 2", "random, 2", "subnetworks, 6", "random, 6", "LoRA", "full", "vector"}
-    assert set(rows[["task", "method"]].itertuples(index=False, name=None)) == set(product(("digits", "text"), methods))
+    expected = {*product(("digits", "text"), methods), ("text", "vector, within b")}
+    assert set(rows[["task", "method"]].itertuples(index=False, name=None)) == expected
+    for task in ("digits", "text"):
+        tried = pd.read_csv(tmp_path / "seed_0" / f"rates_{task}.csv")
+        assert len(tried) == 6 * 2 * 2  # methods, others kept or not, rates
+        assert tried.groupby(["method", "keep"])["chosen"].sum().tolist() == [1] * 12
+        chosen = tried[tried["chosen"]].set_index(["method", "keep"])["lr"]
+        used = rows[(rows["task"] == task)].dropna(subset=["lr"]).groupby(["method", "keep"])["lr"].first()
+        assert used.to_dict() == pytest.approx(chosen.to_dict())
     assert (rows[rows["strength"] == 0]["side"].abs() < 1e-6).all()
     assert (tmp_path / "steering.png").stat().st_size > 5000
     assert json.loads((tmp_path / "manifest.json").read_text())["settings"]["few"] == 2

@@ -1,7 +1,9 @@
 """Experiment transfer: its measures where the answer is known, and the command end to end."""
 
 import math
+from functools import partial
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,6 +17,7 @@ from l3d_pl.experiments.transfer import (
     CHANNELS,
     FACTORS,
     HIDDEN,
+    MEASURES,
     QUANTITIES,
     REST,
     TINY,
@@ -22,6 +25,8 @@ from l3d_pl.experiments.transfer import (
     Settings,
     _fit,
     blocks_of,
+    by_chance,
+    by_outputs,
     chosen,
     data_of,
     directions_of,
@@ -60,7 +65,9 @@ def test_selectivity_of_planted_subnetworks_and_of_random_directions(planted) ->
     rows = pd.DataFrame(
         directions_of(found, batch, torch.ones(D), impact, draws, Settings(directions=D, random=20), seed=0)
     )
-    medians = rows.groupby("control")[["first", "at_step"]].median()
+    medians = rows.groupby("control")[list(MEASURES)].median()
+    assert medians["first_logits"].tolist() == pytest.approx(medians["first"].tolist(), rel=0.5)
+    assert medians["at_step_logits"].tolist() == pytest.approx(medians["first_logits"].tolist(), rel=0.1)
     # Top samples have feature k: |1 ± 0.02| and five times about 0.02; the others about 0.02 in all six outputs.
     assert medians.loc["subnetwork", "first"] > 5
     assert 0.8 < medians.loc["random", "first"] < 1.2
@@ -72,6 +79,33 @@ def test_selectivity_of_planted_subnetworks_and_of_random_directions(planted) ->
     rows = pd.DataFrame(directions_of(found, batch, dead, impact, draws, Settings(directions=D), seed=0))
     assert set(rows["subnetwork"]) == {0, 1}
     assert directions_of(found, batch, torch.zeros(D), impact, draws, Settings(), seed=0) == []
+
+
+def test_logits_show_what_saturated_probabilities_hide() -> None:
+    """Two samples whose logits move alike, one sure of its class; moving all logits at once moves nothing."""
+    logits = torch.tensor([[30.0, 0, 0], [0.2, 0, 0]]).double()
+    moved = torch.tensor([[1.0, 0, 5], [1, 0, 5]]).double()
+    steps = torch.stack([logits + 0.5 * moved, logits - 0.5 * moved])
+    shown = partial(torch.softmax, dim=-1)
+    found = by_outputs(shown, logits, moved, steps)
+    assert all(found[name][0] < 1e-6 < 0.1 < found[name][1] for name in ("first", "at_step"))
+    assert found["first_logits"].tolist() == pytest.approx([1 + 2 + 3] * 2)
+    assert found["at_step_logits"].tolist() == pytest.approx([0.5 * 6] * 2)
+    h = 1e-6
+    slope = (shown(logits + h * moved) - shown(logits - h * moved)).abs().sum(1) / (2 * h)
+    assert found["first"].tolist() == pytest.approx(slope.tolist(), abs=1e-8)
+    still = by_outputs(shown, logits, torch.ones(2, 3).double(), logits + torch.ones(1, 2, 3))
+    assert all(float(values.abs().max()) < 1e-12 for values in still.values())
+
+
+def test_chance_is_that_of_noise() -> None:
+    pairs = np.random.default_rng(0).normal(size=(20000, 2, 5))
+    spread = np.sqrt(pairs.var(axis=2, ddof=1).mean(axis=1))
+    differences = pairs[:, 0] - pairs[:, 1]
+    beyond = np.abs(differences.mean(axis=1)) > 2 * spread
+    assert by_chance(5) == pytest.approx(beyond.mean(), abs=0.003)
+    one_sign = (differences > 0).all(axis=1) | (differences < 0).all(axis=1)
+    assert (beyond & one_sign).sum() > 0.6 * beyond.sum()
 
 
 def test_the_gradient_control_turns_its_samples_one_way(planted) -> None:
@@ -207,3 +241,6 @@ def test_command(tmp_path, capsys, monkeypatch) -> None:
     ]
     assert all(math.isfinite(value) and value > 0 for value in rows[rows["kind"] == "direction"]["first"])
     assert (tmp_path / "transfer.png").stat().st_size > 5000
+    sizes = pd.read_csv(tmp_path / "effects.csv", index_col="quantity")
+    assert len(sizes) == len(QUANTITIES)
+    assert sizes.isin(["–"]).all(axis=None)  # one seed has no spread

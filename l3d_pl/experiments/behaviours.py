@@ -39,6 +39,7 @@ class Behaviour:
         batches: what a training runs through: a data module or a loader, new each time.
         train, held_out: samples as one batch.
         examples: training samples for many of which a is right.
+        followed: training samples of which in many a is right in context b; None where a context has one right answer.
     """
 
     a: int
@@ -48,6 +49,11 @@ class Behaviour:
     train: Batch
     held_out: Batch
     examples: Batch
+    followed: Batch | None = None
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        return self.a, self.b
 
 
 class NewNames(DigitsData):
@@ -115,9 +121,13 @@ def text(n: int, seed: int, toy: Text, held_out: int) -> list[Behaviour]:
         b, followers = frequent[i], followers_of[frequent[i]]
         a = int(followers[torch.randint(len(followers), (1,), generator=random)])
         train, test = (_with(b, part, most, random) for part, most in zip(parts, (SEQUENCES, held_out), strict=True))
-        examples = _chosen(parts[0], (parts[0]["input_ids"][:, 1:] == a).any(1).nonzero().flatten()[:SEQUENCES])
+        now, then = parts[0]["input_ids"][:, :-1], parts[0]["input_ids"][:, 1:]
+        examples, followed = (
+            _chosen(parts[0], there.any(1).nonzero().flatten()[:SEQUENCES])
+            for there in (then == a, (now == b) & (then == a))
+        )
         batches = partial(exact_loader, Rows(**train), 16, seed=seed)
-        found.append(Behaviour(a, b, (tokens[a].strip(), tokens[b].strip()), batches, train, test, examples))
+        found.append(Behaviour(a, b, (tokens[a].strip(), tokens[b].strip()), batches, train, test, examples, followed))
     return found
 
 

@@ -10,8 +10,9 @@ An experiment is a module with
 `run_experiment` does the rest. In its folder:
 
     seed_N/rows.csv, seed.json      a seed that is finished: its rows; settings, command, commit, versions, seconds
-    table.csv, table.md, *.png      what all finished seeds say
-    manifest.json                   the settings, the verdict's figures, and the seed.json of all of them
+    table.csv, *.csv, *.png         what all finished seeds say
+    table.md                        the tables, and the figures of the verdict, to read
+    manifest.json                   dates, seconds, settings, the verdict's figures, and the seed.json of all of them
 """
 
 from __future__ import annotations
@@ -69,12 +70,14 @@ class Summary:
     Attributes:
         table: a row for each thing compared; numbers, or text where a cell holds more than one.
         plots: {file name without .png: figure}; `run_experiment` makes and saves them in the house's style.
-        verdict: figures that decide the question, plain numbers or None.
+        verdict: figures that decide the question, plain numbers, texts or None.
+        tables: further tables, {file name without .csv: table}.
     """
 
     table: pd.DataFrame
     plots: dict[str, Figure] = field(default_factory=dict)
     verdict: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 
 def doing(what: str) -> None:
@@ -106,9 +109,24 @@ def parse_settings(experiment: ModuleType, config: Path | None, overrides: Seque
             raise L3DError(f"config: there is no file {config}")
         values |= require_yaml(str(config))
     given = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+    return experiment.Settings(**_parser(experiment).parse_args([*given, *overrides]).as_dict())
+
+
+def settings_help(name: str) -> str:
+    """What can be set in an experiment, with the defaults, as `--help` shows it.
+
+    Raises:
+        L3DError: there is none of that name.
+    """
+    return (
+        f"settings of {name}. " + _parser(load_experiment(name)).format_help().split("\n\n")[-1]
+    )  # after the parser's own
+
+
+def _parser(experiment: ModuleType) -> Parser:
     parser = Parser()
     parser.add_class_arguments(experiment.Settings)
-    return experiment.Settings(**parser.parse_args([*given, *overrides]).as_dict())
+    return parser
 
 
 def run_experiment(
@@ -176,6 +194,7 @@ def summarise(name: str, output: Path) -> Summary:
         summary: Summary = experiment.summarise(rows_of(output))
         manifest = {
             "experiment": name,
+            "dates": sorted({record["created"][:10] for record in records}),
             "settings": records[0]["settings"],
             "verdict": {key: _finite(value) for key, value in summary.verdict.items()},
             "seconds": sum(record["seconds"] for record in records),
@@ -185,18 +204,19 @@ def summarise(name: str, output: Path) -> Summary:
         with tempfile.TemporaryDirectory(dir=output, prefix=".writing") as aside:  # tasks of an array may end together
             for stem, figure in summary.plots.items():
                 figure.savefig(Path(aside, f"{stem}.png"), format="png", dpi=90)
-            summary.table.to_csv(Path(aside, "table.csv"), index=False)
-            Path(aside, "table.md").write_text(markdown(summary.table))
+            for stem, table in ({"table": summary.table} | summary.tables).items():
+                table.to_csv(Path(aside, f"{stem}.csv"), index=False)
+            Path(aside, "table.md").write_text(_to_read(summary))
             Path(aside, "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
             for path in Path(aside).iterdir():
                 os.replace(path, output / path.name)
-    table = Table(title=f"{name}, {len(records)} seeds", title_justify="left")
-    for column in summary.table.columns:
-        table.add_column(str(column))
-    for row in summary.table.itertuples(index=False):
-        table.add_row(*(Text(cell(value)) for value in row))
     console = Console()
-    (console if console.is_terminal else Console(width=200)).print(table)
+    console = console if console.is_terminal else Console(width=200)
+    for title, table in ({f"{name}, {len(records)} seeds": summary.table} | summary.tables).items():
+        shown = Table(*map(str, table.columns), title=title, title_justify="left")
+        for row in table.itertuples(index=False):
+            shown.add_row(*(Text(cell(value)) for value in row))
+        console.print(shown)
     for key, value in summary.verdict.items():
         print(f"{key}: {cell(value)}")
     print(output / "manifest.json")
@@ -255,6 +275,18 @@ def markdown(table: pd.DataFrame) -> str:
     """A table in Markdown."""
     rows = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
     return "".join(f"| {' | '.join(cell(value) for value in row)} |\n" for row in rows)
+
+
+def _to_read(summary: Summary) -> str:
+    """All tables and the verdict as one page."""
+    verdict = pd.DataFrame(summary.verdict.items(), columns=["figure", "value"])
+    return "\n".join(
+        [
+            markdown(summary.table),
+            *(f"**{name}**\n\n{markdown(table)}" for name, table in summary.tables.items()),
+            *([markdown(verdict)] if len(verdict) else []),
+        ]
+    )
 
 
 def spread(values: Any, form: str = "{:.3f}") -> str:

@@ -37,6 +37,13 @@ from l3d_pl.targets.training import TargetTraining
 from l3d_pl.toys import fit_quietly
 
 ARMS = ("scratch", "another seed", "going on", "unchanged", "random")
+FATES = (
+    ("before", "persists"),
+    ("before", "vanishes"),
+    ("after", "persists"),
+    ("after", "appears"),
+    ("random", "random"),
+)
 MOST = 1500  # images or sequences that gradients of the new task are taken on
 
 
@@ -183,7 +190,8 @@ def share_in_span(v: Tensor, step: Tensor) -> float:
 
 
 def run(settings: Settings, output: Path, seed: int) -> list[dict[str, Any]]:
-    """Rows by `kind`: `match` (pairs), `fate` and `part` (every subnetwork), `task` (every checkpoint), `path`."""
+    """Rows by `kind`: `match` (pairs), `fate` (every subnetwork), `part` (those before, after, and random ones), `task`
+    (every checkpoint), `path`."""
     return [{"task": task} | row for task in settings.tasks for row in _task(task, settings, output, seed)]
 
 
@@ -213,8 +221,10 @@ def _task(task: str, settings: Settings, output: Path, seed: int) -> list[dict[s
         for arm, chain in (("going on", going_on), ("unchanged", unchanged)):
             rows += _compared(arm, a, b, chain[a].decomposition(), chain[b].decomposition(), settings.same)
     rows += _compared("another seed", 0, 0, found[0], another.decomposition(), settings.same)
-    rows += _compared("random", 0, 0, found[0], _random(found[0], seed), settings.same)
-    return rows + _task_rows(found[0], going_on[steps[-1]].decomposition(), models, shift.new(seed=seed))
+    random = _random(found[0], seed)
+    rows += _compared("random", 0, 0, found[0], random, settings.same)
+    at_end = going_on[steps[-1]].decomposition()
+    return rows + _task_rows(found[0], at_end, random, settings.same, models, shift.new(seed=seed))
 
 
 def _fit(settings: Settings, shift: Shift, model: nn.Module, seed: int, start: L3D | None = None) -> L3D:
@@ -265,9 +275,19 @@ def _compared(
 
 
 def _task_rows(
-    first: Decomposition, last: Decomposition, models: Mapping[int, nn.Module], data: Any
+    first: Decomposition,
+    last: Decomposition,
+    random: Decomposition,
+    same: float,
+    models: Mapping[int, nn.Module],
+    data: Any,
 ) -> list[dict[str, Any]]:
-    """Loss and accuracy of the new task at each checkpoint; each subnetwork's part in the change, and how it turned."""
+    """Loss and accuracy of the new task at each checkpoint; each subnetwork's part in the change, and how it turned.
+
+    Args:
+        first, last: decompositions of the first and the last checkpoint, the second made by going on.
+        random: directions without meaning.
+    """
     data.setup()
     rows: list[dict[str, Any]] = []
     batch = data.validation[torch.arange(len(data.validation))]
@@ -285,32 +305,34 @@ def _task_rows(
             slopes = torch.autograd.grad(total, [tensors[name] for name in names])
         path.append(flat(tensors, names))
         gradients.append(flat(dict(zip(names, slopes, strict=True)), names))
-    v = flat(first.directions(), names, 1)
-    parts = attributed(v, torch.stack(path), torch.stack(gradients))
+    ways = {"before": first, "after": last, "random": random}
+    directions = {side: flat(found.directions(), names, 1) for side, found in ways.items()}
     # What all decomposed tensors change, in the first place and in the span, and what random directions would.
     moved = path[-1] - path[0]
     means = [(a + b) / 2 for a, b in pairwise(gradients)]
     carried = sum(float((b - a) @ mean) for (a, b), mean in zip(pairwise(path), means, strict=True))
-    facts = {
-        "carried": carried,
-        "in_span": share_in_span(v, moved),
-        "in_random_span": share_in_span(flat(_random(first, 0).directions(), names, 1), moved),
-    }
-    cos = cosines(first.subnetworks.v_out, last.subnetworks.v_out).detach().abs().diagonal()  # going on: same places
-    return [
-        *rows,
-        {"kind": "path", **facts},
-        *(
+    rows.append(
+        {"kind": "path", "carried": carried}
+        | {f"in_span_{side}": share_in_span(v, moved) for side, v in directions.items()}
+    )
+    cos = cosines(first.subnetworks.v_out, last.subnetworks.v_out).detach()
+    names_of = fates(cos, first.p_act > 0, last.p_act > 0, same)
+    became = dict(zip(("before", "after"), names_of, strict=True)) | {"random": ["random"] * random.n_subnetworks}
+    for side, v in directions.items():
+        parts = attributed(v, torch.stack(path), torch.stack(gradients))
+        rows += [
             {
                 "kind": "part",
+                "side": side,
                 "subnetwork": k,
-                "cos": float(cos[k]),
-                "p_act": float(first.p_act[k]),
+                "fate": became[side][k],
+                "cos": float("nan") if side == "random" else float(cos[k, k].abs()),  # going on: same places
+                "p_act": float(ways[side].p_act[k]),
                 "part": float(parts[k]),
             }
-            for k in range(first.n_subnetworks)
-        ),
-    ]
+            for k in range(len(v))
+        ]
+    return rows
 
 
 # -- all seeds ---------------------------------------------------------------------------------------------------------
@@ -368,23 +390,33 @@ def summarise(rows: pd.DataFrame) -> Summary:
 
 def _verdict(rows: pd.DataFrame, found: pd.DataFrame) -> dict[str, Any]:
     parts, task, paths = (rows[rows["kind"] == kind] for kind in ("part", "task", "path"))
-    alive = parts[parts["p_act"] > 0]
+    alive = parts[(parts["side"] == "before") & (parts["p_act"] > 0)]
     turned = [_rank_correlation(1 - part["cos"], part["part"].abs()) for _, part in alive.groupby("seed")]
     use = [_rank_correlation(part["p_act"], part["part"].abs()) for _, part in alive.groupby("seed")]
     last = int(task["to"].max())
-    ends = {b: task[task["to"] == b].set_index("seed") for b in (0, last)}
+    means = task.groupby("to")[["loss", "accuracy"]].mean()
     verdict: dict[str, Any] = {
-        "new task, loss before": float(ends[0]["loss"].mean()),
-        "new task, loss after": float(ends[last]["loss"].mean()),
-        "new task, accuracy before": float(ends[0]["accuracy"].mean()),
-        "new task, accuracy after": float(ends[last]["accuracy"].mean()),
+        f"new task, {name} at {int(step)}": float(means.loc[step, name]) for name in means for step in means.index
+    }
+    verdict |= {
         "rank correlation of turning with the part in the loss": spread(turned, "{:.2f}"),
         "rank correlation of P_act with the part in the loss": spread(use, "{:.2f}"),
-        "change of the new task's loss, all decomposed tensors": spread(paths["carried"], "{:.2f}"),
-        "of it along the subnetworks": spread(parts.groupby("seed")["part"].sum(), "{:.2f}"),
-        "share of the step in the span of the subnetworks": spread(paths["in_span"]),
-        "share in the span of random directions": spread(paths["in_random_span"]),
     }
+    sizes = parts.assign(size=parts["part"].abs()).groupby(["side", "fate", "seed"])["size"].mean()
+    means_of = {key: part.droplevel(["side", "fate"]) for key, part in sizes.groupby(["side", "fate"])}
+    for side, fate in FATES:
+        name = side if side == fate else f"{side}, {fate}"
+        verdict[f"mean |part|, {name}"] = spread(means_of.get((side, fate), []), "{:.2g}")
+    for side, fate in (("before", "vanishes"), ("after", "appears")):
+        if {(side, fate), (side, "persists")} <= set(means_of):
+            ratios = (means_of[side, fate] / means_of[side, "persists"]).dropna()
+            verdict[f"|part|, {fate} over persists"] = spread(ratios, "{:.2f}")
+            verdict[f"|part|, {fate} above persists, seeds"] = f"{(ratios > 1).sum()} of {len(ratios)}"
+    verdict["change of the new task's loss, all decomposed tensors"] = spread(paths["carried"], "{:.2f}")
+    for side, name in (("before", "those before"), ("after", "those after"), ("random", "random directions")):
+        sums = parts[parts["side"] == side].groupby("seed")["part"].sum()
+        verdict[f"of it along {name}"] = spread(sums, "{:.2f}")
+        verdict[f"share of the step in the span of {name}"] = spread(paths[f"in_span_{side}"])
     for arm, noise in (("scratch", "another seed"), ("going on", "unchanged")):
         mine = found[(found["arm"] == arm) & (found["from"] == 0) & (found["to"] == last)].set_index("seed")
         its = found[(found["arm"] == noise) & (found["to"].isin([0, last])) & (found["from"] == 0)]
@@ -406,7 +438,7 @@ def _plot(rows: pd.DataFrame) -> Figure:
             left.plot(np.linspace(0, 100, len(cos)), cos, style, color=colour, label=arm)
         left.set(xlabel="matched pairs, best first, %", ylabel="|cos|", ylim=(0, 1.03))
         left.set(title=f"{task}, checkpoints 0 and {last}")
-        parts = of_task[(of_task["kind"] == "part") & (of_task["p_act"] > 0)]
+        parts = of_task[(of_task["kind"] == "part") & (of_task["side"] == "before") & (of_task["p_act"] > 0)]
         right.scatter(parts["part"].abs(), 1 - parts["cos"], s=10, color=COLOURS[0], alpha=0.6)
         right.set(xscale="log", xlabel="|part in the new task's loss|, nats", ylabel="1 − |cos|, going on")
         right.set(title=f"{task}, all seeds")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from l3d_pl.subnetworks import Subnetworks
 
 REFERENCES = ("random", "mean", "uniform", "contrastive")
 AGAIN = "random, other seed"
-TINY = {"targets": (42,), "recipes": ("l3d_pl",), "steps": 20, "every": 10, "training": ("--trainer.max_epochs", "1")}
+UNSWAPPED = ("random", "mean", "contrastive")  # also fitted without swaps: is speed the schedule's, or the reference's?
+R2 = {"r² of A, over the target's": "r2", "r² of the sum, over the target's": "r2_sum"}
+COMMON = 1.25  # times the final L of `random`: a level that all but uniform references come to
+TINY = {"targets": (42,), "steps": 20, "every": 10, "training": ("--trainer.max_epochs", "1")}
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Settings:
 
     Args:
         targets: seeds of the target models.
-        recipes: of `L3D`.
+        recipes: of `L3D`; `NAME, no swaps`: with `swap_every` 0, and some of the references only.
         steps: of each fit.
         every: steps between evaluations.
         draws: of references, for an evaluation.
@@ -41,8 +45,8 @@ class Settings:
     """
 
     targets: tuple[int, ...] = (42, 1)
-    recipes: tuple[str, ...] = ("l3d_pl",)
-    steps: int = 1000
+    recipes: tuple[str, ...] = ("l3d_pl", "l3d_pl, no swaps")
+    steps: int = 600
     every: int = 25
     draws: int = 3
     training: tuple[str, ...] = ()
@@ -114,12 +118,14 @@ def run(settings: Settings, output: Path, seed: int) -> list[dict[str, Any]]:
         judges = evaluations(toy, settings.draws)
         for recipe in settings.recipes:
             first: Subnetworks | None = None
-            for arm in (*REFERENCES, AGAIN):
+            name, _, unswapped = recipe.partition(", ")
+            how = {"recipe": name} | ({"swap_every": 0} if unswapped else {})
+            for arm in UNSWAPPED if unswapped else (*REFERENCES, AGAIN):
                 doing(f"target {number}, {recipe}, {arm}")
                 reference, own_seed = ("random", seed + 10_000) if arm == AGAIN else (arm, seed)
                 curve = LossCurve(judges["random"], settings.every)
                 data = ContrastData(**toy.data, seed=own_seed) if arm == "contrastive" else None
-                module, seconds = toy.fit(own_seed, settings.steps, [curve], data, reference=reference, recipe=recipe)
+                module, seconds = toy.fit(own_seed, settings.steps, [curve], data, reference=reference, **how)
                 first = module.subnetworks if first is None else first
                 common = {"target": number, "recipe": recipe, "reference": arm}
                 rows += [common | {"step": step, "judge": "random", "loss": loss} for step, loss in curve.points]
@@ -135,7 +141,7 @@ def read(module: Any, toy: Toy) -> dict[str, float | None]:
     directions = {name: t.dense().detach() for name, t in module.subnetworks.v_out.tuckers().items()}
     alive = module.p_act[0] > 0
     figures = score_toy("tmcs", directions, toy.target.state_dict(), toy.truth, alive).figures
-    return {name: figures[name] for name in ("recovered", "dead", "r2_ratio", "r2_sum_ratio")}
+    return {name: figures[name] for name in ("recovered", "dead", "r2", "r2_ratio", "r2_sum", "r2_sum_ratio")}
 
 
 @torch.no_grad()
@@ -145,36 +151,49 @@ def sameness(a: Subnetworks, b: Subnetworks) -> float:
     return float(cos[match(cos)].abs().mean())
 
 
-def steps_to_level(curve: pd.DataFrame, tolerance: float = 0.1) -> float:
-    """The first step from which on the loss stays within `tolerance` of its final value; curve: `step`, `loss`."""
+def steps_to(curve: pd.DataFrame, level: float) -> float:
+    """The first step from which on the loss stays at or below a level; NaN: there is none. curve: `step`, `loss`."""
     ordered = curve.sort_values("step")
-    within = ordered["loss"] <= (1 + tolerance) * ordered["loss"].iloc[-1]
-    outside = ordered.loc[~within, "step"]
-    return float(ordered["step"].min() if outside.empty else ordered.loc[ordered["step"] > outside.max(), "step"].min())
+    above = ordered.loc[ordered["loss"] > level, "step"]
+    return float(ordered["step"].min() if above.empty else ordered.loc[ordered["step"] > above.max(), "step"].min())
+
+
+def steps_to_own(curve: pd.DataFrame, tolerance: float = 0.1) -> float:
+    """Steps to within `tolerance` of the curve's own final value."""
+    return steps_to(curve, (1 + tolerance) * curve.sort_values("step")["loss"].iloc[-1])
 
 
 def summarise(rows: pd.DataFrame) -> Summary:
-    """A row for each recipe and reference: means over targets, spread over seeds."""
+    """A row for each recipe, target and reference: means over seeds and their spread."""
     curves, finals = rows[rows["step"] >= 0], rows[rows["step"] < 0]
-    keys = ["recipe", "reference"]
-    sooner = curves.groupby([*keys, "target", "seed"])[["step", "loss"]].apply(steps_to_level)
-    lines, verdict = [], {}
-    for recipe in rows["recipe"].unique():
-        for arm in (*REFERENCES, AGAIN):
-            mine = finals[(finals["recipe"] == recipe) & (finals["reference"] == arm)]
-            line = {"recipe": recipe, "trained with": arm}
+    arms = {recipe: list(part["reference"].unique()) for recipe, part in rows.groupby("recipe", sort=False)}
+    usual = finals[(finals["reference"] == "random") & (finals["judge"] == "random")]
+    common = COMMON * usual[usual["recipe"] == next(iter(arms))].groupby("target")["loss"].mean()
+    lines, verdict = [], dict[str, float | None]()
+    for recipe, target in product(arms, common.index):
+        for arm in arms[recipe]:
+            chosen, drawn = (
+                part[(part["recipe"] == recipe) & (part["reference"] == arm) & (part["target"] == target)]
+                for part in (finals, curves)
+            )
+            line = {"recipe": recipe, "target": target, "trained with": arm}
             for judge in REFERENCES:
-                losses = mine[mine["judge"] == judge].groupby("seed")["loss"].mean()
-                line[f"L, {judge}"] = spread(losses)
-            steps = sooner.loc[recipe, arm].groupby("seed").mean()
-            line["steps"] = spread(steps, "{:.0f}")
-            once = mine[mine["judge"] == "random"]
-            for title, column in (("r² of A", "r2_ratio"), ("r² of the sum", "r2_sum_ratio"), ("same", "same")):
-                line[title] = spread(once.groupby("seed")[column].mean(), "{:.2f}")
+                line[f"L, {judge}"] = spread(chosen[chosen["judge"] == judge]["loss"])
+            runs = [run for _, run in drawn.groupby("seed")]
+            to_common = pd.Series([steps_to(run, common[target]) for run in runs])
+            to_own = [steps_to_own(run) for run in runs]
+            line["steps to common L"] = f"{to_common.notna().sum()} of {len(runs)}: {spread(to_common, '{:.0f}')}"
+            line["steps to own L"] = spread(to_own, "{:.0f}")
+            once = chosen[chosen["judge"] == "random"]
+            for title, column in R2.items():
+                line[title] = f"{spread(once[column], '{:.2f}')}, {spread(once[f'{column}_ratio'], '{:.2f}')}"
+            line["same"] = spread(once["same"], "{:.2f}")
             line["found"] = f"{once['recovered'].mean():.1f}, fewest {once['recovered'].min():.0f}"
             lines.append(line)
-            verdict[f"{recipe}, {arm}: L under random references"] = float(once["loss"].mean())
-            verdict[f"{recipe}, {arm}: steps"] = float(steps.mean())
+            name = f"{recipe}, target {target}, {arm}"
+            verdict[f"{name}: L under random references"] = float(once["loss"].mean())
+            verdict[f"{name}: steps to common L"] = float(to_common.mean()) if to_common.notna().all() else None
+    verdict |= {f"common L of target {target}": float(level) for target, level in common.items()}
     return Summary(pd.DataFrame(lines), {"references": draw(curves, finals)}, verdict)
 
 

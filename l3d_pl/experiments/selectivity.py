@@ -18,10 +18,11 @@ from l3d_pl.analysis.alignment import score_toy
 from l3d_pl.analysis.interventions import random_directions, sweep
 from l3d_pl.analysis.outputs import Direction, derivatives
 from l3d_pl.decomposition import Decomposition
+from l3d_pl.experiments.behaviours import outputs_at
 from l3d_pl.experiments.common import COLOURS, Summary, doing, load_toy, spread
 from l3d_pl.gradients import per_sample_gradients
 
-KINDS = ("subnetwork", "gradient", "random, best output", "random")
+KINDS = ("subnetwork", "gradient", "own output's gradient", "random, best output", "random")
 TINY = {"targets": (42,), "steps": 20, "points": 4, "random": 2, "training": ("--trainer.max_epochs", "1")}
 
 
@@ -78,6 +79,7 @@ def directions_of(
         result.append(("random", str(r), direction, own))
         result.append(("random, best output", str(r), direction, most_moved(found, validation, direction)[0]))
     result.append(("gradient", "", top_gradient(found, k, validation["inputs"], settings.top), own))
+    result.append(("own output's gradient", "", output_gradient(found, validation["inputs"], own), own))
     for layer in sorted({name.rpartition(".")[0] for name in v}):
         part = {name: value for name, value in v.items() if name.rpartition(".")[0] == layer}
         norm = torch.stack([value.norm() for value in part.values()]).norm()
@@ -108,6 +110,20 @@ def top_gradient(found: Decomposition, k: int, inputs: Tensor, top: int) -> dict
     mean = {name: torch.einsum("n...,n->...", g[most], c[most].sign()) for name, g in gradients.items()}
     norm = torch.stack([value.norm() for value in mean.values()]).norm()
     return {name: value / norm for name, value in mean.items()}
+
+
+def output_gradient(found: Decomposition, inputs: Tensor, own: int) -> dict[str, Tensor]:
+    """∇_W of an output, the mean over the rows in which its feature is active; of unit norm, {name: [*shape]}.
+
+    What no decomposition is needed for, but to know which output is meant.
+    """
+    given = dict(found.target.named_parameters())
+    tensors = {name: given[name].detach().requires_grad_() for name in found.subnetworks.shapes}
+    with torch.enable_grad():
+        output = outputs_at(found.target, tensors, {"inputs": inputs[inputs[:, own] != 0]})[:, own].mean()
+        slopes = torch.autograd.grad(output, list(tensors.values()))
+    norm = torch.stack([slope.norm() for slope in slopes]).norm()
+    return {name: slope / norm for name, slope in zip(tensors, slopes, strict=True)}
 
 
 def curve_of(
@@ -171,7 +187,7 @@ def falls_below(steps: Sequence[float], values: Sequence[float], level: float) -
 
 
 def summarise(rows: pd.DataFrame) -> Summary:
-    """A row for each kind of direction; figures are medians over directions, their spread is over seeds."""
+    """A row for each kind of direction; figures are medians over directions, their spread is over seeds and targets."""
     kinds = [*KINDS, *sorted(kind for kind in rows["kind"].unique() if kind.startswith("layer"))]
     steps = sorted(rows["step"].unique())
     tenth = min(steps, key=lambda step: abs(math.log(10 * step)))
@@ -197,23 +213,28 @@ def summarise(rows: pd.DataFrame) -> Summary:
     fits = rows.drop_duplicates(["seed", "target"])
     verdict = {
         "fits": len(fits),
+        "features (own outputs of a target)": len(subnetworks.drop_duplicates(["target", "output"])),
         "fits with all five features": int((fits["recovered"] == 5).sum()),
         "subnetworks above 10 at the smallest step": float((subnetworks["below_10"] > 0).mean()),
         "subnetworks above 2 to the step of 0.01": float((subnetworks["below_2"] > 0.01).mean()),
     }
-    for kind in ("gradient", "random, best output"):  # (of several random directions, the best)
+    for kind in (
+        "gradient",
+        "own output's gradient",
+        "random, best output",
+    ):  # (of several random directions, the best)
         more = (best["subnetwork"] > best[kind]).mean()
         verdict[f"subnetworks above their {kind}, smallest step"] = float(more)
     return Summary(pd.DataFrame(lines), {"selectivity": draw(rows)}, verdict)
 
 
 def _medians(rows: pd.DataFrame, column: str = "selectivity") -> str:
-    return spread(rows.groupby("seed")[column].median(), "{:.1f}")
+    return spread(rows.groupby(["seed", "target"])[column].median(), "{:.1f}")
 
 
 def crossings(rows: pd.DataFrame) -> pd.DataFrame:
     """`below_10` and `below_2` of every curve."""
-    keys = ["seed", "target", "subnetwork", "kind", "part", "sign"]
+    keys = ["seed", "target", "subnetwork", "kind", "part", "sign", "output"]
     found = []
     for key, curve in rows.groupby(keys, sort=False, dropna=False):
         ordered = curve.sort_values("step")
@@ -229,7 +250,7 @@ def _step(value: float) -> str:
 
 def draw(rows: pd.DataFrame) -> Figure:
     """Selectivity against the step by kind, by layer, and the task's loss along the way."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
     whole, layers, loss = figure.subplots(1, 3)
     parts = sorted(kind for kind in rows["kind"].unique() if kind.startswith("layer"))
     for axes, kinds, column in (
@@ -247,11 +268,11 @@ def draw(rows: pd.DataFrame) -> Figure:
                     low, high = mine.quantile(0.25), mine.quantile(0.75)
                     axes.fill_between(middle.index, low, high, color=colour, alpha=0.12, linewidth=0)
         axes.set(xscale="log", yscale="log", xlabel="step δ / ‖W0‖")
+        axes.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     for axes in (whole, layers):
         axes.set_ylabel("own output over the others")
         for level in (1, 2, 10):
             axes.axhline(level, color="#8c959f", linewidth=0.7, zorder=0)
-        axes.legend(frameon=False, fontsize=8.5, loc="lower left")
     whole.set_title("medians and quartiles; dashed: δ < 0")
     layers.set_title("a subnetwork's part in one layer")
     loss.set(ylabel="task loss / that of W0", title="is the model still there?")

@@ -12,8 +12,11 @@ A steering vector on a linear layer's output is a shift of that layer's bias. Me
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,13 +39,15 @@ from l3d_pl.experiments.text import ATTENTION, load_text
 from l3d_pl.toys import fit_quietly
 
 STRENGTHS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
-LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 CURVE = ("strength", "wanted", "side", "accuracy_lost", "loss_added")
 VECTOR_AT = {"digits": ("fc1", "fc1", "output"), "text": (f"{ATTENTION}.out_proj", "transformer.h.2.ln_2", "input")}
 """A steering vector shifts the bias of one layer, by means of what comes out of, or into, another one after it."""
 LORA_AT = {"digits": "fc2", "text": f"{ATTENTION}.out_proj"}
-RATES = {"digits": (0.1, 0.03, 0.03, 0.001), "text": (0.3, 0.1, 0.03, 0.003)}  # few, many, LoRA, full
+RATES = {"digits": (0.1, 0.03, 0.03, 0.001), "text": (0.3, 0.1, 0.03, 0.003)}  # few, many, LoRA, full; see `rates`
 JUDGED_AT = {"digits": 0.9, "text": 0.5}  # level of `wanted` that decides
+SHOWN_AT = (0.05, 0.2, 0.5, 0.9)
+KEEP = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Settings:
         few: subnetworks of the small shift, those with the largest first-order gain; the large shift has as many as a
             LoRA of rank 1 has parameters.
         pairs: (a, b) drawn per seed and task.
+        rates: times `RATES`: the learning rates that each method may choose from.
+        rates_seed: of the network and the pair on which it chooses; should be none of those that are reported.
         target_epochs: training of the network that is steered; a network of its own for every seed.
         text_subnetworks, text_fit_steps, text_tuning_steps: the same of the text LM.
         text_target_steps: training of the text LM; one of its own for every seed.
@@ -69,6 +76,8 @@ class Settings:
     tuning_steps: int = 100
     few: int = 5
     pairs: int = 2
+    rates: tuple[float, ...] = (0.3, 1.0, 3.0)
+    rates_seed: int = 100
     target_epochs: int = 20
     text_subnetworks: int = 128
     text_fit_steps: int = 60
@@ -77,7 +86,15 @@ class Settings:
     text_held_out: int = 64
 
 
-TINY = {"n_subnetworks": 6, "fit_steps": 4, "tuning_steps": 3, "few": 2, "pairs": 1, "target_epochs": 1}
+TINY = {
+    "n_subnetworks": 6,
+    "fit_steps": 4,
+    "tuning_steps": 3,
+    "few": 2,
+    "pairs": 1,
+    "target_epochs": 1,
+    "rates": [1.0, 3.0],
+}
 TINY |= {"text_subnetworks": 6, "text_fit_steps": 2, "text_tuning_steps": 2, "text_target_steps": 2, "text_held_out": 6}
 
 
@@ -235,73 +252,136 @@ def run(settings: Settings, output: Path, seed: int) -> list[dict[str, Any]]:
     """A row for each task, pair, method, weight of `keep` and strength."""
     rows: list[dict[str, Any]] = []
     for task in settings.tasks:
+        tried = tried_rates(task, settings)
+        tried.to_csv(output / f"rates_{task}.csv", index=False)
         doing(f"{task}, target")
-        steps, found, pairs = (_digits if task == "digits" else _text)(settings, output, seed)
+        steps, found, pairs = TASKS[task](settings, output, seed, settings.pairs)
         for behaviour in pairs:
-            rows += [{"task": task} | row for row in _pair_rows(task, settings.few, steps, found, behaviour, seed)]
+            contest = Contest(task, settings.few, steps, found, behaviour, seed)
+            rows += [{"task": task} | row for row in _pair_rows(contest, tried[tried["chosen"]])]
     return rows
 
 
-def _digits(settings: Settings, output: Path, seed: int) -> tuple[int, Decomposition, list[Behaviour]]:
+@cache
+def tried_rates(task: str, settings: Settings) -> pd.DataFrame:
+    """Every method, `keep` and learning rate on one pair of one network that is not reported; `chosen`: `best_rate`."""
+    with tempfile.TemporaryDirectory() as folder:
+        doing(f"{task}, target of the rates")
+        steps, found, (behaviour,) = TASKS[task](settings, Path(folder), settings.rates_seed, 1)
+    contest = Contest(task, settings.few, steps, found, behaviour, settings.rates_seed)
+    rows = []
+    for method, (_, usual) in contest.learned.items():
+        for keep, times in product(KEEP, settings.rates):
+            _, shift = contest.train(method, keep, usual * times)
+            looked = pd.DataFrame(curve(found.target, shift, behaviour.pair, behaviour.held_out))
+            strengths, wanted, side = (looked[name].tolist() for name in CURVE[:3])
+            cost = side_at(strengths, side, strength_at(strengths, wanted, JUDGED_AT[task]))
+            rows.append({"method": method, "keep": keep, "lr": usual * times, "side": cost, "most": max(wanted)})
+    tried = pd.DataFrame(rows)
+    tried["chosen"] = tried.index.isin([best_rate(part) for _, part in tried.groupby(["method", "keep"])])
+    return tried
+
+
+def best_rate(tried: pd.DataFrame) -> Any:
+    """The index of the row with the smallest `side` effect; where none got to the level, with the `most` wanted."""
+    return tried["most"].idxmax() if tried["side"].isna().all() else tried["side"].idxmin()
+
+
+def _digits(settings: Settings, output: Path, seed: int, pairs: int) -> tuple[int, Decomposition, list[Behaviour]]:
     toy = load_toy("digits_cnn", seed, output, ["--trainer.max_epochs", str(settings.target_epochs)])
     doing("digits, decomposition")
     module, _ = toy.fit(seed, settings.fit_steps, n_subnetworks=settings.n_subnetworks)
-    return settings.tuning_steps, module.decomposition(), behaviours.digits(settings.pairs, seed)
+    return settings.tuning_steps, module.decomposition(), behaviours.digits(pairs, seed)
 
 
-def _text(settings: Settings, output: Path, seed: int) -> tuple[int, Decomposition, list[Behaviour]]:
+def _text(settings: Settings, output: Path, seed: int, pairs: int) -> tuple[int, Decomposition, list[Behaviour]]:
     toy = load_text(seed, output, settings.text_target_steps)
     doing("text, decomposition")
     module, _ = toy.fit(seed, settings.text_fit_steps, n_subnetworks=settings.text_subnetworks)
     return (
         settings.text_tuning_steps,
         module.decomposition(),
-        behaviours.text(settings.pairs, seed, toy, settings.text_held_out),
+        behaviours.text(pairs, seed, toy, settings.text_held_out),
     )
 
 
-def _pair_rows(
-    task: str, few: int, steps: int, found: Decomposition, behaviour: Behaviour, seed: int
-) -> list[dict[str, Any]]:
-    pair = a, b = behaviour.a, behaviour.b
-    target, shapes, directions = found.target, found.subnetworks.shapes, found.directions()
-    order = gains(directions, _gradient(target, shapes, behaviour)).argsort(descending=True)
-    at = f"{LORA_AT[task]}.weight"
-    many = min(sum(shapes[at]), found.n_subnetworks)
+TASKS: dict[str, Callable[[Settings, Path, int, int], tuple[int, Decomposition, list[Behaviour]]]]
+TASKS = {"digits": _digits, "text": _text}
 
-    def chosen(n: int) -> dict[str, Tensor]:
-        return {name: v[order[:n]] for name, v in directions.items()}
 
-    def drawn(n: int) -> dict[str, Tensor]:
-        each = [random_directions(found, int(k), 1, seed)[0] for k in order[:n]]
-        return {name: torch.stack([direction[name] for direction in each]) for name in shapes}
+@dataclass
+class Contest:
+    """All methods on one behaviour of one network.
 
-    rates = RATES[task]
-    learned: dict[str, tuple[Callable[[], nn.Module], float]] = {
-        f"subnetworks, {few}": (lambda: Along(chosen(few)), rates[0]),
-        f"random, {few}": (lambda: Along(drawn(few)), rates[0]),
-        f"subnetworks, {many}": (lambda: Along(chosen(many)), rates[1]),
-        f"random, {many}": (lambda: Along(drawn(many)), rates[1]),
-        "LoRA": (lambda: LoRA(at, shapes[at]), rates[2]),
-        "full": (lambda: Full(shapes), rates[3]),
-    }
+    Attributes:
+        few: subnetworks of the small shift.
+        steps: of each learned shift.
+    """
+
+    task: str
+    few: int
+    steps: int
+    found: Decomposition
+    behaviour: Behaviour
+    seed: int
+
+    @cached_property
+    def learned(self) -> dict[str, tuple[Callable[[], nn.Module], float]]:
+        """The shifts that are trained: {method: (what makes one, its usual learning rate)}."""
+        found, shapes, directions = self.found, self.found.subnetworks.shapes, self.found.directions()
+        order = gains(directions, _gradient(found.target, shapes, self.behaviour)).argsort(descending=True)
+        at = f"{LORA_AT[self.task]}.weight"
+        many = min(sum(shapes[at]), found.n_subnetworks)
+
+        def chosen(n: int) -> nn.Module:
+            return Along({name: v[order[:n]] for name, v in directions.items()})
+
+        def drawn(n: int) -> nn.Module:
+            each = [random_directions(found, int(k), 1, self.seed)[0] for k in order[:n]]
+            return Along({name: torch.stack([direction[name] for direction in each]) for name in shapes})
+
+        rates = RATES[self.task]
+        return {
+            f"subnetworks, {self.few}": (partial(chosen, self.few), rates[0]),
+            f"random, {self.few}": (partial(drawn, self.few), rates[0]),
+            f"subnetworks, {many}": (partial(chosen, many), rates[1]),
+            f"random, {many}": (partial(drawn, many), rates[1]),
+            "LoRA": (partial(LoRA, at, shapes[at]), rates[2]),
+            "full": (partial(Full, shapes), rates[3]),
+        }
+
+    def train(self, method: str, keep: float, lr: float) -> tuple[int, Direction]:
+        """A learned shift, and how many parameters it has."""
+        a, b = self.behaviour.names
+        doing(f"{self.task}, {b} to {a}, {method}, keep {keep:g}, lr {lr:g}")
+        torch.manual_seed(self.seed)
+        tuning = Tuning(self.found.target, self.learned[method][0](), self.behaviour.pair, keep, lr)
+        fit_quietly(tuning, self.behaviour.batches(), max_steps=self.steps, limit_val_batches=0)
+        n = sum(parameter.numel() for parameter in tuning.shift.parameters())
+        return n, {name: value.detach() for name, value in tuning.shift().items()}
+
+    def vectors(self) -> dict[str, Direction]:
+        """Steering vectors: the shifts that take no training."""
+        layer, seen_at, side = VECTOR_AT[self.task]
+        means = differences_of_means(self.found.target, seen_at, side, self.behaviour)
+        return {name: {f"{layer}.bias": value} for name, value in means.items()}
+
+
+def _pair_rows(contest: Contest, rates: pd.DataFrame) -> list[dict[str, Any]]:
+    behaviour = contest.behaviour
     rows: list[dict[str, Any]] = []
 
-    def add(method: str, n: int, keep: float, shift: Direction) -> None:
-        facts = {"a": a, "b": b, "pair": " to ".join(reversed(behaviour.names)), "method": method}
-        facts |= {"parameters": n, "keep": keep}
-        rows.extend(facts | row for row in curve(target, shift, pair, behaviour.held_out))
+    def add(method: str, n: int, keep: float, lr: float, shift: Direction) -> None:
+        facts = {"a": behaviour.a, "b": behaviour.b, "pair": " to ".join(reversed(behaviour.names)), "method": method}
+        facts |= {"parameters": n, "keep": keep, "lr": lr}
+        curve_rows = curve(contest.found.target, shift, behaviour.pair, behaviour.held_out)
+        rows.extend(facts | row for row in curve_rows)
 
-    for method, (make, lr) in learned.items():
-        for keep in (0.0, 1.0):
-            doing(f"{task}, {behaviour.names[1]} to {behaviour.names[0]}, {method}, keep {keep:g}")
-            torch.manual_seed(seed)
-            tuning = Tuning(target, make(), pair, keep, lr)
-            fit_quietly(tuning, behaviour.batches(), max_steps=steps, limit_val_batches=0)
-            n = sum(parameter.numel() for parameter in tuning.shift.parameters())
-            add(method, n, keep, {name: value.detach() for name, value in tuning.shift().items()})
-    layer, seen_at, side = VECTOR_AT[task]
-    add("vector", 1, 0.0, {f"{layer}.bias": _difference_of_means(target, seen_at, side, behaviour)})
+    for row in rates.itertuples():
+        n, shift = contest.train(row.method, row.keep, row.lr)
+        add(row.method, n, row.keep, row.lr, shift)
+    for method, shift in contest.vectors().items():
+        add(method, 1, 0.0, float("nan"), shift)
     return rows
 
 
@@ -316,17 +396,30 @@ def _gradient(target: nn.Module, names: Mapping[str, Any], behaviour: Behaviour)
 
 
 @torch.no_grad()
-def _difference_of_means(target: nn.Module, layer: str, side: str, behaviour: Behaviour) -> Tensor:
-    """Mean `output` or `input` of a layer where a is right, minus that in context b; training samples."""
-    seen: list[Tensor] = []
-    examples, train = behaviour.examples, behaviour.train
-    handle = target.get_submodule(layer).register_forward_hook(
-        lambda layer, inputs, output: seen.append(output if side == "output" else inputs[0])
-    )
-    outputs_of(target, examples), outputs_of(target, train)
-    handle.remove()
-    (towards, _, right), (away, context, _) = read(examples, seen[0]), read(train, seen[1])
-    return towards[right == behaviour.a].mean(0) - away[context == behaviour.b].mean(0)
+def differences_of_means(target: nn.Module, layer: str, side: str, behaviour: Behaviour) -> dict[str, Tensor]:
+    """Differences of means of a layer's `output` or `input` over training samples.
+
+    `vector`: where a is right, minus context b. `vector, within b`: both in context b, where a is right and where it is
+    not; only where the right answer varies within a context.
+    """
+
+    def look(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        seen: list[Tensor] = []
+        handle = target.get_submodule(layer).register_forward_hook(
+            lambda layer, inputs, output: seen.append(output if side == "output" else inputs[0])
+        )
+        outputs_of(target, batch)
+        handle.remove()
+        return read(batch, seen[0])
+
+    a, b = behaviour.a, behaviour.b
+    (towards, _, right), (values, context, other) = look(behaviour.examples), look(behaviour.train)
+    found = {"vector": towards[right == a].mean(0) - values[context == b].mean(0)}
+    if behaviour.followed is not None:
+        towards, there, right = look(behaviour.followed)
+        away = values[(context == b) & (other != a)].mean(0)
+        found["vector, within b"] = towards[(there == b) & (right == a)].mean(0) - away
+    return found
 
 
 # -- all seeds ---------------------------------------------------------------------------------------------------------
@@ -351,12 +444,12 @@ def costs(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise(rows: pd.DataFrame) -> Summary:
-    """Median cost of each method at three levels of the wanted change; subnetworks against the others."""
+    """Median cost of each method at some levels of the wanted change; subnetworks against the others."""
     table, found = [], costs(rows)
     for key, part in found.groupby(["task", "method", "parameters", "keep"], sort=False):
         row: dict[str, Any] = dict(zip(("task", "method", "parameters", "others kept"), key, strict=True))
         row["others kept"] = "yes" if row["others kept"] else "no"
-        for level in (0.2, 0.5, 0.9):
+        for level in SHOWN_AT:
             side = part[part["level"] == level]["side"]
             row[f"side at {level:g}"] = f"{side.notna().sum()} of {len(side)}: {_range(side)}"
         for name in ("accuracy lost", "loss added"):  # at the level that decides
@@ -366,13 +459,16 @@ def summarise(rows: pd.DataFrame) -> Summary:
     for task, part in found.groupby("task", sort=False):
         level = JUDGED_AT[str(task)]
         for own in [name for name in part["method"].unique() if name.startswith("subnetworks")]:
-            for other in (own.replace("subnetworks", "random"), "LoRA", "full", "vector"):
-                for keep in (0.0, 1.0):
+            for other in (own.replace("subnetworks", "random"), "LoRA", "full", "vector", "vector, within b"):
+                for keep in KEEP:
                     share = wins(part, own, other, keep, level)
                     if share is not None:
                         seen = "others kept" if keep else "b alone"
                         verdict[f"{task}: {own} cheaper than {other} at {level:g}, {seen}"] = share
-    return Summary(pd.DataFrame(table), {"steering": _plot(found)}, verdict)
+    rates = rows.dropna(subset=["lr"]).drop_duplicates(["task", "method", "keep"])
+    rates = rates.pivot(index=["task", "method"], columns="keep", values="lr").reset_index()
+    rates = rates.rename(columns={0.0: "learning rate, b alone", 1.0: "learning rate, others kept"})
+    return Summary(pd.DataFrame(table), {"steering": _plot(found)}, verdict, {"rates": rates})
 
 
 def wins(found: pd.DataFrame, own: str, other: str, keep: float, level: float) -> float | None:
@@ -396,21 +492,29 @@ def _range(values: pd.Series) -> str:
 
 
 def _plot(found: pd.DataFrame) -> Figure:
-    tasks = list(found["task"].unique())
-    figure = Figure(figsize=(9, 3.6 * len(tasks)), layout="constrained")
-    panels = figure.subplots(len(tasks), 2, sharey="row", squeeze=False)
-    for task, row in zip(tasks, panels, strict=True):
+    measures = {"side": "KL elsewhere, nats", "loss_added": "task loss added elsewhere, nats"}
+    lines = list(product(found["task"].unique(), measures))
+    figure = Figure(figsize=(9, 3 * len(lines) + 0.6), layout="constrained")
+    panels = figure.subplots(len(lines), 2, sharey="row", squeeze=False)
+    for (task, measure), row in zip(lines, panels, strict=True):
         of_task = found[found["task"] == task]
-        for axes, keep, seen in zip(row, (0.0, 1.0), ("trained on b alone", "others kept in training"), strict=True):
-            for colour, method in zip(COLOURS, of_task["method"].unique(), strict=False):
+        own = [name for name in of_task["method"].unique() if not name.startswith("random")]
+        colours = dict(zip(own, COLOURS, strict=False))
+        for axes, keep, seen in zip(row, KEEP, ("trained on b alone", "others kept in training"), strict=True):
+            for method in of_task["method"].unique():
                 part = of_task[(of_task["method"] == method) & (of_task["keep"] == keep)]
-                medians = part.groupby("level")["side"].agg(_median_of_all)
+                medians = part.groupby("level")[measure].agg(_median_of_all)
                 if part.empty:
                     continue  # a steering vector is not trained
                 style = "--" if method.startswith("random") else "-"
+                colour = colours[method.replace("random", "subnetworks")]
                 axes.plot(medians.index, medians, style, color=colour, marker=".", label=method)
-            axes.set(title=f"{task}, {seen}", yscale="log")
-        row[0].set(ylabel="side effect: KL elsewhere, nats")
+            axes.set(title=f"{task}, {seen}")
+            if measure == "side":
+                axes.set_yscale("log")
+            else:
+                axes.set_yscale("symlog", linthresh=0.01)  # (it may be negative)
+        row[0].set(ylabel=measures[measure])
         row[0].legend(frameon=False, fontsize=8)
     for axes in panels[-1]:
         axes.set(xlabel="wanted: p(a) in context b")

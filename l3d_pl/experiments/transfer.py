@@ -7,9 +7,12 @@ how two fits of one target differ, and how targets differ, is the noise that eve
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,9 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import ks_2samp, spearmanr
+from scipy.stats import ks_2samp, spearmanr, t
 from torch import Tensor, nn
+from torch.func import jvp
 
 from datamodules.digits import DigitsData
 from datamodules.loading import Batch
@@ -29,7 +33,8 @@ from l3d_pl.analysis.outputs import Direction, derivatives, only_positions
 from l3d_pl.batch_topk import batch_topk
 from l3d_pl.configs_path import shipped_configs
 from l3d_pl.decomposition import Decomposition
-from l3d_pl.experiments.common import COLOURS, Summary, doing, spread
+from l3d_pl.divergence import make_divergence
+from l3d_pl.experiments.common import COLOURS, Summary, cell, doing, spread
 from l3d_pl.lightning_cli import train_target
 from l3d_pl.lightning_module import L3D
 from l3d_pl.targets.digits import DigitsCNN
@@ -61,7 +66,13 @@ FACTORS = {
 """{what differs: (blocks, minus those)}."""
 
 CONTROLS = ("subnetwork", "gradient", "random, own", "random")
-MEASURES = {"first": "derivative", "at_step": "step"}  # of selectivity: {column: as it is called}
+MEASURES = {
+    "first": "derivative",
+    "at_step": "step",
+    "first_logits": "derivative of logits",
+    "at_step_logits": "step in logits",
+}
+"""Of selectivity, {column: as it is called}: of probabilities, and of centred logits, which do not saturate."""
 QUANTITIES = {
     "loss": "L",
     "dimension": "effective dimension of gradients",
@@ -92,7 +103,7 @@ class Settings:
     n_subnetworks: int = 50
     k: float = 0.1
     rank: float = 0.1
-    fit_steps: int = 80
+    fit_steps: int = 70
     width: int = 64
     layers: int = 4
     vocabulary: int = 1000
@@ -228,6 +239,22 @@ def selectivity(changes: Tensor, n_top: int) -> float:
     return float(changes[:n_top].double().mean() / changes[n_top:].double().mean())
 
 
+def by_outputs(shown: Callable[[Tensor], Tensor], outputs: Tensor, moved: Tensor, steps: Tensor) -> dict[str, Tensor]:
+    """How much each sample moves, by every one of `MEASURES`, {column: [N]}.
+
+    Args:
+        shown: logits to probabilities.
+        outputs: logits [N, C]; `moved`: their derivative, likewise; `steps`: at some finite steps, [D, N, C].
+    """
+    away = steps - outputs
+    return {
+        "first": jvp(shown, (outputs,), (moved,))[1].abs().sum(1),
+        "at_step": (shown(steps) - shown(outputs)).abs().sum(2).mean(0),
+        "first_logits": (moved - moved.mean(1, keepdim=True)).abs().sum(1),
+        "at_step_logits": (away - away.mean(2, keepdim=True)).abs().sum(2).mean(0),
+    }
+
+
 def ks(a: Any, b: Any) -> float:
     """Kolmogorov–Smirnov distance of two samples of P_act, in [0, 1]."""
     return float(ks_2samp(a, b).statistic)
@@ -306,7 +333,7 @@ def directions_of(
     settings: Settings,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Selectivity of some live subnetworks and of their controls: `first` (derivatives) and `at_step`.
+    """Selectivity of some live subnetworks and of their controls, by all of `MEASURES`.
 
     Args:
         impact: of the samples of `batch`, [N, n_v].
@@ -331,15 +358,18 @@ def directions_of(
         if control == "subnetwork"
     ][:4]
     step = natural_scale(found, looks, MOVED) if looks else 0.0
+    logits = copy.copy(found)
+    logits.divergence = make_divergence("mse")  # (of which the outputs to read are the model's)
+    shown = partial(torch.softmax, dim=-1) if found.divergence.name == "kl" else torch.clone
     rows = []
     for k, control, direction, strengths in directions:
         places = chosen(strengths, random)
         n_top = len(places) - min(REST, len(strengths) // 2)
         some = _pick(batch, measured[places])
-        slopes = derivatives(found, some, direction)[1].abs().sum(1)
-        changes = sweep(found, some, [(step, direction), (-step, direction)]).changes().mean(0)
+        steps = sweep(logits, some, [(step, direction), (-step, direction)]).outputs
+        changes = by_outputs(shown, *derivatives(logits, some, direction), steps)
         row = {"kind": "direction", "subnetwork": k, "control": control, "step": step}
-        rows.append(row | {"first": selectivity(slopes, n_top), "at_step": selectivity(changes, n_top)})
+        rows.append(row | {measure: selectivity(values, n_top) for measure, values in changes.items()})
     return rows
 
 
@@ -412,6 +442,15 @@ def effects(figures: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def by_chance(seeds: int) -> float:
+    """How probable it is that noise alone, as large in two blocks, makes an effect of more than twice the spread.
+
+    The difference of two means over n seeds has a standard deviation of √(2 / n) of the spread, which has 2 (n - 1)
+    degrees of freedom: Student's t. (That all seeds have one sign too is nearly always so then.)
+    """
+    return float(2 * t.sf(2 * (seeds / 2) ** 0.5, 2 * (seeds - 1)))
+
+
 def distances(rows: pd.DataFrame) -> pd.DataFrame:
     """KS distances of P_act of all pairs of fits: `fits` (of one target), `seeds` (of one block), or `blocks`."""
     use = {key: part["p_act"].to_numpy() for key, part in rows[rows["kind"] == "use"].groupby(["seed", "block", "fit"])}
@@ -445,10 +484,13 @@ def summarise(rows: pd.DataFrame) -> Summary:
         )
         mine = found[(found["quantity"] == quantity) & found["counts"]]
         verdict[f"{text}: beyond the noise"] = (
-            "; ".join(f"{row.factor} {row.effect:+.3g} ({abs(row.effect) / row.spread:.1f} spreads)"
-                      for row in mine.itertuples())
+            "; ".join(f"{factor} {effect:+.3g} ({size:.1f} spreads)" for factor, effect, size in
+                      zip(mine["factor"], mine["effect"], mine["effect"].abs() / mine["spread"], strict=True))
             or "nothing"
         )  # fmt: skip
+    verdict["effects looked at"] = len(found)
+    verdict["of them beyond the noise"] = int(found["counts"].sum())
+    verdict["of them by chance, if there were none"] = len(found) * by_chance(figures["seed"].nunique())
     means = figures.groupby(["seed", "block"])[["loss", "dimension"]].mean()
     ranks = [float(spearmanr(part["loss"], part["dimension"])[0]) for _, part in means.groupby("seed")]
     verdict["rank correlation of L with effective dimension, six blocks"] = spread(ranks, "{:.2f}")
@@ -472,16 +514,24 @@ def summarise(rows: pd.DataFrame) -> Summary:
         for column in [c for c in part if str(c).startswith("target_")]:
             if part[column].notna().any():
                 verdict[f"target {name}: {str(column).removeprefix('target_')}"] = spread(part[column])
-    return Summary(pd.DataFrame(table), {"transfer": draw(rows, figures, found)}, verdict)
+    found["in spreads"] = [
+        cell(size) if math.isnan(size) else f"**{size:+.1f}**" if counts else f"{size:+.1f}"
+        for size, counts in zip(found["effect"] / found["spread"], found["counts"], strict=True)
+    ]
+    found["quantity"] = found["quantity"].map(QUANTITIES)
+    sizes = found.pivot(index="quantity", columns="factor", values="in spreads")
+    sizes = sizes.loc[list(QUANTITIES.values()), list(FACTORS)].reset_index()
+    plots = {"transfer": draw(rows, figures, found)}
+    return Summary(pd.DataFrame(table), plots, verdict, {"effects": sizes})
 
 
 def draw(rows: pd.DataFrame, figures: pd.DataFrame, found: pd.DataFrame) -> Figure:
     """Loss against effective dimension; selectivity; sorted P_act; effects in units of the noise."""
-    figure = Figure(figsize=(14, 9), layout="constrained")
-    grid = figure.add_gridspec(2, 3, height_ratios=(0.8, 1))
-    loss, one = (figure.add_subplot(grid[0, i]) for i in range(2))
-    select = one, figure.add_subplot(grid[0, 2], sharey=one)
-    use, map_ = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1:])
+    figure = Figure(figsize=(15, 14), layout="constrained")
+    grid = figure.add_gridspec(3, 4, height_ratios=(0.8, 0.8, 1.4))
+    select = [figure.add_subplot(grid[0, 0])]
+    select += [figure.add_subplot(grid[0, i], sharey=select[0]) for i in range(1, len(MEASURES))]
+    loss, use, map_ = (figure.add_subplot(place) for place in (grid[1, :2], grid[1, 2:], grid[2, :]))
     for colour, block in zip(COLOURS, BLOCKS, strict=False):
         mine = figures[figures["block"] == block]
         loss.plot(mine["dimension"], mine["loss"], "o", color=colour, markersize=5, alpha=0.7, label=block)
@@ -505,8 +555,8 @@ def draw(rows: pd.DataFrame, figures: pd.DataFrame, found: pd.DataFrame) -> Figu
         ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10)
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-        axes.set_xticks(range(len(BLOCKS)), [block.replace(", ", ",\n") for block in BLOCKS], fontsize=8)
-        axes.set(ylabel="selectivity", title=f"by {called}; medians; a dot: one seed")
+        axes.set_xticks(range(len(BLOCKS)), BLOCKS, fontsize=8, rotation=35, ha="right")
+        axes.set(ylabel="selectivity; a dot: one seed", title=f"by {called}")
     select[0].legend(frameon=False, fontsize=8.5, loc="lower left")
     size = (found["effect"] / found["spread"]).to_numpy().reshape(len(QUANTITIES), len(FACTORS))
     counts = found["counts"].to_numpy().reshape(size.shape)
