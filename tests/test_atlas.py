@@ -372,10 +372,41 @@ def test_only_an_atlas_is_written_over(run: Path, tmp_path: Path) -> None:
     assert (mine / "chapter.txt").read_text() == "years of work"
     with pytest.raises(L3DError, match="is no atlas"):
         write_atlas(run, mine / "chapter.txt", progress=False)
-    other = write_atlas(run, tmp_path / "new" / "place", progress=False).page
-    (other.parent / "data" / "sub_99999.js").write_text("old")
-    assert write_atlas(run, tmp_path / "new" / "place", progress=False).page == other
-    assert not (other.parent / "data" / "sub_99999.js").exists(), "the older one is gone whole"
+    mine.rename(own := make_run(tmp_path / "run", n_v=2) / "atlas")
+    with pytest.raises(L3DError, match=r"output: .*run/atlas is there and is no atlas"):
+        write_atlas(own.parent, progress=False)
+    assert [path.name for path in own.iterdir()] == ["chapter.txt"]
+
+
+def test_what_the_user_keeps_in_an_atlas_stays(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", n_v=4)
+    atlas = write_atlas(run, progress=False).page.parent
+    (tmp_path / "outside.txt").write_text("mine")
+    kept = [atlas / "labels.json", atlas / "data" / "notes.js", atlas / "slides" / "one.png"]
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    (atlas / "data" / "sub_00009.js").write_text("of an older atlas")
+    listed = json.loads((atlas / "files.json").read_text())
+    assert set(listed) == {path.relative_to(atlas).as_posix() for path in atlas.rglob("*") if path.is_file()} - {
+        "labels.json", "data/notes.js", "slides/one.png", "data/sub_00009.js"
+    }  # fmt: skip
+    (atlas / "files.json").write_text(json.dumps([*listed, "data/sub_00009.js", "../../outside.txt", "gone.js"]))
+    assert main(["report", str(run)]) == 0
+    assert [path.read_text() for path in [*kept, tmp_path / "outside.txt"]] == ["mine"] * 4
+    assert not (atlas / "data" / "sub_00009.js").exists(), "what the older one had more is gone"
+    assert json.loads((atlas / "files.json").read_text()) == listed
+    assert not (atlas / ".writing").exists()
+
+
+def test_an_atlas_goes_into_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", n_v=2)
+    (here := tmp_path / "new" / "place").mkdir(parents=True)
+    (here / ".writing").mkdir()  # of one that was killed
+    monkeypatch.chdir(here)
+    for _ in range(2):
+        assert main(["atlas", str(run), "--output", "."]) == 0
+        assert (here / "index.html").is_file()
 
 
 def test_tables_of_another_decomposition_are_left_out(tmp_path: Path) -> None:
