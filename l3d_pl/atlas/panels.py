@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from l3d_pl.analysis.tables import KINDS
 from l3d_pl.atlas.blocks import Row, rows_between, rows_of_samples
-from l3d_pl.atlas.structure import TENSORS, network, tensor_structure
+from l3d_pl.atlas.structure import TENSORS, network, pooled, tensor_structure
 from l3d_pl.decomposition import Decomposition
 
 BLOCK = 50  # subnetworks whose rows are in memory at a time
 PIXELS = 128  # longer side of a picture; larger ones are shrunk
+NAMED = 6  # outputs in the summary of a subnetwork, each way
 TABLES = ("samples", "token_coefficients", "outputs", "attribution", "similarity", "curves", "effects", "locality")
 
 
@@ -65,17 +68,18 @@ def _from_tables(rows: Mapping[str, Sequence[Row]], items: Mapping[int, Row]) ->
     samples: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for row in sorted(rows.get("samples", []), key=lambda row: row["place"]):
         moved = sorted(outputs.get((row["kind"], row["place"]), []), key=lambda o: o["rank"])
-        part = attributed.get((row["sample"], row["position"]))
+        part, item = attributed.get((row["sample"], row["position"])), items.get(row["sample"])
         samples.setdefault(row["kind"], []).append(
             {name: row[name] for name in ("sample", "position", "impact", "impact_se", "coefficient", "active")}
             | {
                 way: [[o["name"], o["derivative"], o["probability"]] for o in moved if o["direction"] == way]
                 for way in ("raised", "lowered")
             }
-            | {"attribution": part and {name: part[name] for name in ("values", "height", "width")}}
+            | {"attribution": part and _attribution(part, item is not None and item["kind"] == "vector")}
         )
     return {
         "samples": samples,
+        "summary": _summary(rows.get("outputs", [])),
         "items": {sample: _item(row, coloured.get(sample)) for sample, row in items.items()},
         "neighbours": [[row["other"], row["cos"], row["coactivation"]] for row in rows.get("similarity", [])],
         "curves": _series(
@@ -97,8 +101,36 @@ def _item(row: Row, coloured: Row | None) -> dict[str, Any]:
     elif row["kind"] == "image":
         item |= {"picture": _picture(row["png"]), "width": row["width"], "height": row["height"]}
     else:
-        item["values"] = row["values"] or []
+        item |= {"values": _few(row["values"] or []), "of": len(row["values"] or [])}
     return item
+
+
+def _attribution(row: Row, is_vector: bool) -> dict[str, Any]:
+    if is_vector:
+        return {"values": _few(row["values"])}
+    return {name: row[name] for name in ("values", "height", "width")}
+
+
+def _few(values: Sequence[float]) -> list[float]:
+    """At most as many values as are drawn side by side."""
+    few: list[float] = pooled(np.asarray(values, dtype=np.float64)[None], 1)[0].tolist()
+    return few
+
+
+def _summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """What v moves over all top samples: {"samples": how many, "raised", "lowered": [[output, in how many of them among
+    the most affected, mean derivative there], ...]}, the most frequent first."""
+    rows = [row for row in rows if row["kind"] == "top"]
+    summary: dict[str, Any] = {"samples": len({row["place"] for row in rows})}
+    for way in ("raised", "lowered"):
+        found: dict[int, list[Row]] = defaultdict(list)
+        for row in rows:
+            if row["direction"] == way:
+                found[row["output"]].append(row)
+        sums = {output: sum(row["derivative"] for row in each) for output, each in found.items()}
+        order = sorted(found, key=lambda output: (-len(found[output]), -abs(sums[output])))[:NAMED]
+        summary[way] = [[found[o][0]["name"], len(found[o]), sums[o] / len(found[o])] for o in order]
+    return summary
 
 
 def _picture(png: bytes | None) -> str | None:

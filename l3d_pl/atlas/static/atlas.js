@@ -133,8 +133,8 @@ const Data = (() => {
     { key: "impact", name: "impact", column: "impact_mean", title: "mean over samples and references of |V_in · ∇D|, ± its standard error", value: (k) => of("impact_mean", k),
       cell: (k) => el("td", { class: "number" }, plusMinus(of("impact_mean", k), of("impact_se", k))) },
     { key: "positive", name: "c > 0", column: "positive_share", title: "share of the active coefficients that are positive", value: (k) => of("positive_share", k), cell: (k) => el("td", { class: "number" }, percent(of("positive_share", k))) },
-    { key: "coefficients", name: "coefficients", column: "histograms", unsorted: true, title: "distribution over samples, negative left of the middle; heights are logarithmic", cell: (k) => el("td", {}, spark(k)) },
-    { key: "tensor", name: "norm by tensor", title: "share of the squared norm in each tensor; sorted by the largest one's name, then its share", value: (k) => { const [i, share] = of("shares", k)[0] || [0, 0]; return names[i] + String.fromCharCode(1000 - Math.round(share * 900)); }, cell: (k) => el("td", {}, normBar(k)) },
+    { key: "coefficients", name: "coefficients", column: "histograms", unsorted: true, title: "distribution over the pairs of sample and reference, negative left of the middle; heights are logarithmic", cell: (k) => el("td", {}, spark(k)) },
+    { key: "tensor", name: "norm by tensor", title: "share of the squared norm in each tensor; sorted by the largest one's name, then its share", value: (k) => { const largest = of("shares", k)[0]; return largest ? [names[largest[0]], -largest[1]] : null; }, cell: (k) => el("td", {}, normBar(k)) },
     { key: "nearest", name: "nearest", column: "nearest", title: "the most similar other subnetwork and its |cos|; sorted by |cos|", value: (k) => of("nearest_cos", k),
       cell: (k) => el("td", {}, known(of("nearest", k)) && of("nearest", k) >= 0 ? [el("a", { href: link(of("nearest", k)) }, of("nearest", k)), ` (${number(of("nearest_cos", k))})`] : "–") },
   ];
@@ -170,7 +170,8 @@ const Data = (() => {
       const x = value.get(a), y = value.get(b);
       const empty = (v) => v === null || v === "" || Number.isNaN(v);
       if (empty(x) || empty(y)) return empty(x) - empty(y) || a - b; // what is not known comes last either way
-      return sign * (typeof x === "string" ? natural.compare(x, y) : x - y) || a - b;
+      const apart = Array.isArray(x) ? natural.compare(x[0], y[0]) || x[1] - y[1] : typeof x === "string" ? natural.compare(x, y) : x - y;
+      return sign * apart || a - b;
     });
   }
 
@@ -241,10 +242,9 @@ const Data = (() => {
     el("tr", {}, el("th", { scope: "row", class: "data" }, figure), el("td", { class: "number" }, value), el("td", { class: "soft" }, meaning))))));
 
   function tensorTable() {
-    const last = run.curves.tensors || {};
     const rows = el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {},
-      ["tensor", "shape", "rank per axis"].map((t) => el("th", { scope: "col" }, t)), el("th", { scope: "col", class: "number", title: "reconstruction loss of that tensor alone, last logged in training" }, "loss L"), el("th", { scope: "col", class: "number", title: "of the subnetworks' squared norm, on average" }, "share of norm"), el("th", {}))),
-      el("tbody", {}, run.tensors.map((t, i) => el("tr", {}, el("td", { class: "data" }, t.name), el("td", { class: "whole" }, t.shape.join(" × ")), el("td", { class: "whole" }, t.ranks.join(" × ")), el("td", { class: "number" }, number(last[t.name]?.[1].at(-1))),
+      ["tensor", "shape", "rank per axis"].map((t) => el("th", { scope: "col" }, t)), el("th", { scope: "col", class: "number", title: "reconstruction loss of that tensor alone, as logged last" }, `loss L${run.losses_of ? ` (${run.losses_of})` : ""}`), el("th", { scope: "col", class: "number", title: "of the subnetworks' squared norm, on average" }, "share of norm"), el("th", {}))),
+      el("tbody", {}, run.tensors.map((t, i) => el("tr", {}, el("td", { class: "data" }, t.name), el("td", { class: "whole" }, t.shape.join(" × ")), el("td", { class: "whole" }, t.ranks.join(" × ")), el("td", { class: "number" }, number(t.loss)),
         el("td", { class: "number" }, percent(t.share)), el("td", {}, el("div", { class: "bars", "aria-hidden": "true" }, el("i", { style: { width: `${100 * t.share}%`, background: colours[i] } }))))))));
     return [el("h3", {}, "By tensor"), run.tensors.length > 12 ? el("details", {}, el("summary", {}, `${run.tensors.length} tensors`), rows) : rows];
   }
@@ -324,7 +324,13 @@ const Data = (() => {
     if (!item) return missing(`sample ${sample.sample} is not in the table of items`);
     if (item.kind === "text") return tokens(item, sample, colouring);
     if (item.kind === "image") return picture(item, sample);
-    return Charts.vector(item.values, `Input vector of ${item.values.length} values`);
+    return vector(item, sample?.attribution);
+  }
+
+  function vector(item, attribution, height) {
+    const cells = item.values.length < item.of ? `, ${item.values.length} cells of ${item.of}, each the largest of its values` : "";
+    return [Charts.vector(item.values, `Input vector of ${item.of} values${cells}`, height),
+      attribution ? el("div", { class: "overlay" }, Charts.vector(attribution.values, "How much of the coefficient each value of the vector carries", 30), el("div", { class: "note" }, "↑ attribution")) : null];
   }
 
   const moves = (s) => el("div", { class: "moves" }, [["raised", "▲", "up", "raises"], ["lowered", "▼", "down", "lowers"]].map(([way, sign, style, word]) =>
@@ -343,14 +349,14 @@ const Data = (() => {
       const kind = kinds.includes(view.kind) ? view.kind : kinds[0], rows = panel.samples[kind], shown = all ? rows : rows.slice(0, 12);
       const items = (s) => panel.items[s.sample];
       const image = items(rows[0])?.kind === "image", text = items(rows[0])?.kind === "text";
-      const attributed = rows.some((s) => s.attribution);
+      const attributed = rows.filter((s) => s.attribution).length, part = `(of ${attributed} of ${rows.length})`;
       const press = (name, value, key) => el("button", { "aria-pressed": String(view[key] === value || (key === "kind" && kind === value)), "data-choice": value, onclick: () => { view[key] = value; draw(); } }, name);
       box.replaceChildren(
         el("div", { class: "row controls" }, kinds.map((k) => press({ top: "highest impact", middle: "middle of the active ones", random: "random" }[k], k, "kind")), el("span", { class: "gap" }),
-          text && attributed ? ["colour: ", press("coefficient", "coefficient", "tokens"), press("attribution of the marked one", "attribution", "tokens")] : null,
-          image && attributed ? el("label", {}, (() => { const tick = el("input", { type: "checkbox", id: "attribution", onchange: (e) => { view.attribution = e.target.checked; draw(); } }); tick.checked = view.attribution; return tick; })(), ` attribution (of ${rows.filter((s) => s.attribution).length} of ${rows.length})`) : null),
+          text && attributed ? ["colour: ", press("coefficient", "coefficient", "tokens"), press(`attribution of the marked one ${part}`, "attribution", "tokens")] : null,
+          !text && attributed ? el("label", {}, (() => { const tick = el("input", { type: "checkbox", id: "attribution", onchange: (e) => { view.attribution = e.target.checked; draw(); } }); tick.checked = view.attribution; return tick; })(), ` attribution ${part}`) : null),
         el("p", { class: "note" }, { top: "Samples by impact, the highest first", middle: "Samples around the median impact of the active ones", random: "Samples drawn at random" }[kind],
-          text ? "; colour: orange for positive, blue for negative, scaled to each text; the box marks the position that the impact belongs to" : image ? "; orange parts of a picture raise the coefficient, blue ones lower it" : "", text && run.output_kind === "probability" ? ". ▲▼ the next tokens after the box whose probability v raises and lowers most." : run.output_kind === "probability" ? ". ▲▼ the outputs whose probability v raises and lowers most." : ". ▲▼ outputs that v raises and lowers most, with d output / dδ.",
+          text ? "; colour: orange for positive, blue for negative, scaled to each text; the box marks the position that the impact belongs to" : !attributed ? "" : image ? "; orange parts of a picture raise the coefficient, blue ones lower it" : "; below a vector, attribution: orange values raise the coefficient, blue ones lower it", text && run.output_kind === "probability" ? ". ▲▼ the next tokens after the box whose probability v raises and lowers most." : run.output_kind === "probability" ? ". ▲▼ the outputs whose probability v raises and lowers most." : ". ▲▼ outputs that v raises and lowers most, with d output / dδ.",
           shown.some((s) => !s.active) ? ` ${INACTIVE}` : ""),
         !text ? el("div", { class: `cards${view.attribution ? "" : " hide-attribution"}` }, shown.map((s) => el("div", { class: "card", "data-sample": s.sample }, itemView(items(s), s), el("div", { class: "soft" }, about(s, items(s))), moves(s))))
           : el("div", {}, shown.map((s) => el("div", { class: "sample", "data-sample": s.sample }, el("div", { class: "about" }, about(s, items(s))), itemView(items(s), s, view.tokens), moves(s)))),
@@ -372,7 +378,7 @@ const Data = (() => {
       return el("div", { class: "effect", "data-sample": c.sample },
         el("div", { class: "about note" }, `sample ${c.sample}${c.position >= 0 ? `, position ${c.position}` : ""}, ${strong.has(`${c.sample} ${c.position}`) ? "of high impact" : "for comparison"}`, item?.label ? [" · label ", data(item.label)] : null),
         el("div", { class: "context" }, !item ? null : item.kind === "text" ? tokens({ ...item, tokens: item.tokens.slice(Math.max(0, c.position - item.first - 7), c.position >= 0 ? c.position - item.first + 1 : 12), first: item.first + Math.max(0, c.position - item.first - 7) }, c, "none")
-          : item.kind === "image" ? picture(item) : Charts.vector(item.values, "Input vector", 190, 34)),
+          : item.kind === "image" ? picture(item) : vector(item, null, 34)),
         c.outputs.map(([name, values]) => {
           const bar = el("i", { class: "value" }), text = el("span", { class: "number" }), base = values[zero];
           bars.push((i) => {
@@ -403,14 +409,16 @@ const Data = (() => {
     const entries = Object.entries(panel.curves || {}).sort(([a], [b]) => Object.keys(style).indexOf(a) - Object.keys(style).indexOf(b));
     if (!entries.length) return null;
     const of = (column) => entries.map(([control, c]) => ({ name: called[control] || control, style: style[control] || "s3", x: c.delta, y: c[column], points: true }));
-    const own = panel.curves.subnetwork, xLabel = "δ (length of the step along the direction)";
+    const xLabel = "δ (length of the step along the direction)";
+    const most = Math.max(...entries.flatMap(([, c]) => [...c.relevant, ...c.irrelevant]).filter(known), 0);
+    const change = (of_) => Charts.lines({ title: `Change of outputs, ${of_} samples`, series: of(of_), xLabel, yLabel: "summed |change of outputs|", fromZero: true, upTo: most, alt: `Change of outputs of ${of_} samples along subnetwork ${panel.k} against delta, with controls` });
     const local = panel.locality || {};
     const kl = run.divergence === "kl" ? "KL (nats), inactive" : "D, inactive samples";
     return [el("h2", {}, "Interventions"),
-      el("p", { class: "note" }, "Relevant samples: those of highest impact; irrelevant: others. Selectivity: mean summed |change of outputs| of the relevant over the irrelevant ones. Controls: random unit directions of the same rank, and the mean gradient's direction."),
+      el("p", { class: "note" }, "Relevant samples: those of highest impact; irrelevant: random ones in which it is inactive. Selectivity: mean summed |change of outputs| of the relevant over the irrelevant ones. Controls: random unit directions of the same rank, and the mean gradient's direction."),
       el("div", { class: "columns" },
         Charts.lines({ title: "Selectivity", series: of("selectivity"), xLabel, yLabel: "selectivity (ratio, log)", logY: true, reference: 1, alt: `Selectivity of subnetwork ${panel.k} against delta, with controls` }),
-        own && Charts.lines({ title: "Change of outputs", series: [{ name: "relevant samples", style: "s1", x: own.delta, y: own.relevant, points: true }, { name: "irrelevant samples", style: "s2", x: own.delta, y: own.irrelevant, points: true }], xLabel, yLabel: "summed |change of outputs|", fromZero: true, alt: `Change of outputs of relevant and irrelevant samples against delta` }),
+        change("relevant"), change("irrelevant"),
         Charts.lines({ title: "Side effects on inactive samples", series: of("kl_inactive"), xLabel, yLabel: kl, fromZero: true, logY: "auto", alt: `Side effects: divergence from the unchanged model on samples where subnetwork ${panel.k} is inactive` }),
         Charts.lines({ title: "Change of the task's loss", series: of("loss_change"), xLabel, yLabel: "change of the task's loss", reference: 0, alt: `Change of the task's loss against delta` }),
         local.delta ? Charts.lines({ title: "How far the linear picture holds", series: [{ name: "change of D", style: "s1", x: local.delta, y: local.change, points: true }, { name: "linear prediction", style: "s2", x: local.delta, y: local.linear, points: true }], xLabel, yLabel: "change of D, mean", alt: `Change of the divergence along subnetwork ${panel.k} and its linear prediction: how far the local picture holds` }) : null)];
@@ -440,9 +448,16 @@ const Data = (() => {
 
   function neighboursSection(panel) {
     if (!panel.neighbours?.length) return null;
-    const rows = panel.neighbours.slice().sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]));
-    return [el("h2", {}, "Neighbours"), el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ["subnetwork", "label", "cos", "co-activation"].map((t, i) => el("th", { scope: "col", class: i > 1 ? "number" : null, title: i === 3 ? "samples where both are active over samples where either is" : null }, t)))),
-      el("tbody", {}, rows.slice(0, 12).map(([other, cos, both]) => el("tr", {}, el("td", {}, el("a", { href: link(other) }, `subnetwork ${other}`)), el("td", { class: "label data" }, Labels.get(other) || of("circuit", other) || ""), el("td", { class: "number" }, number(cos)), el("td", { class: "number" }, percent(both)))))))];
+    const most = (place, n) => panel.neighbours.filter((row) => row[place]).sort((a, b) => Math.abs(b[place]) - Math.abs(a[place])).slice(0, n);
+    const table = (title, rows) => rows.length ? el("div", {}, el("h3", {}, title), el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ["subnetwork", "label", "cos", "co-activation"].map((t, i) => el("th", { scope: "col", class: i > 1 ? "number" : null, title: i === 3 ? "samples where both are active over samples where either is" : null }, t)))),
+      el("tbody", {}, rows.map(([other, cos, both]) => el("tr", {}, el("td", {}, el("a", { href: link(other) }, `subnetwork ${other}`)), el("td", { class: "label data" }, Labels.get(other) || of("circuit", other) || ""), el("td", { class: "number" }, number(cos)), el("td", { class: "number" }, percent(both)))))))) : null;
+    return [el("h2", {}, "Neighbours"), el("div", { class: "columns" }, table("Most similar directions", most(1, 8)), table("Most often active together", most(2, 4)))];
+  }
+
+  function summarySection({ summary }) {
+    const outputs = (way, style, sign, word) => summary[way].length ? el("div", {}, el("dt", {}, `${word} most, +v`), el("dd", { class: "row moves" }, el("span", { class: style, "aria-hidden": "true" }, sign), summary[way].map(([name, n, mean]) =>
+      el("span", { class: "chip", title: `${word} ${name} among the most affected outputs of ${n} of ${summary.samples} top samples; there d ${unit()} / dδ = ${number(mean)}, mean` }, visible(name), el("span", { class: "soft" }, ` ${n}/${summary.samples}`))))) : null;
+    return el("dl", { class: "facts", id: "summary" }, outputs("raised", "up", "▲", "Raises"), outputs("lowered", "down", "▼", "Lowers"));
   }
 
   function panelPage(panel) {
@@ -458,6 +473,7 @@ const Data = (() => {
     return [
       el("div", { class: "row" }, el("h1", {}, `Subnetwork ${k}`), circuit ? data(circuit, { class: "soft" }) : null, el("span", { class: "gap" }), el("label", {}, "Label ", input)),
       el("dl", { class: "facts" }, facts.map(([key, value]) => el("div", {}, el("dt", {}, key), el("dd", { class: "data" }, value)))),
+      summarySection(panel),
       el("h2", {}, "Samples"), samplesSection(panel),
       effectsSection(panel), curvesSection(panel),
       el("h2", {}, "Coefficients and norm"),

@@ -115,9 +115,9 @@ const Charts = (() => {
         s.at.length > 1 && svg("line", { class: `series ${s.style}`, x1: 1, x2: 25, y1: 5, y2: 5 }),
         (s.points || s.at.length === 1) && svg("circle", { class: `dot ${s.style}`, cx: 13, cy: 5, r: 2.6 })), s.name)));
 
-  /** Lines with points under a title. series: [{name, style, x, y, points}]; style is a CSS class: colour and dashes. logY "auto":
-   *  logarithmic where a few values dwarf the others. */
-  function lines({ title, series, xLabel, yLabel, alt, logX = false, logY = false, fromZero = false, reference = null, ...rest }) {
+  /** Lines with points under a title. series: [{name, style, x, y, points}]; style is a CSS class: colour and dashes. upTo: what the
+   *  axis reaches at least, where charts are to be compared; logY "auto": logarithmic where a few values dwarf the others. */
+  function lines({ title, series, xLabel, yLabel, alt, logX = false, logY = false, fromZero = false, upTo = 0, reference = null, ...rest }) {
     if (logY === "auto") {
       const values = series.flatMap((s) => s.y).filter((v) => known(v) && v !== 0).sort((a, b) => a - b);
       logY = values.length > 2 && values[0] > 0 && values.at(-1) > 100 * values[Math.floor(values.length / 2)];
@@ -130,7 +130,7 @@ const Charts = (() => {
     let ys = extent(usable.flatMap((s) => s.at.map((p) => p[1])).concat(known(reference) ? [reference] : []));
     if (!logY) {
       const pad = (ys[1] - ys[0]) * 0.06;
-      ys = [fromZero && ys[0] >= 0 ? 0 : ys[0] - pad, ys[1] + pad];
+      ys = [fromZero && ys[0] >= 0 ? 0 : ys[0] - pad, Math.max(ys[1] + pad, 1.06 * upTo)];
       if (fromZero && ys[1] === 0) ys = [0, 1];
     }
     const f = frame({ x: xs, y: ys, xLabel, yLabel, alt, logX, logY, ...rest });
@@ -150,13 +150,13 @@ const Charts = (() => {
   /** Bars of counts between low and high; heights are log(1 + count), since one bin often holds nearly all. */
   function histogram({ low, high, counts, xLabel, alt, width = 440, height = 190 }) {
     const most = Math.max(...counts, 1);
-    const f = frame({ width, height, x: [low, high], y: [0.8, most * 1.3], logY: true, xLabel, yLabel: "samples (log scale)", alt });
+    const f = frame({ width, height, x: [low, high], y: [0.8, most * 1.3], logY: true, xLabel, yLabel: "pairs (log scale)", alt });
     const step = (f.box.right - f.box.left) / counts.length;
     counts.forEach((count, i) => {
       if (!count) return;
       const middle = low + ((i + 0.5) * (high - low)) / counts.length;
       f.plot.append(svg("rect", { class: middle < 0 ? "negative" : "positive", x: f.box.left + i * step + 0.5, width: Math.max(step - 1, 0.8),
-        y: f.y(count), height: f.box.bottom - f.y(count) }, svg("title", {}, `${number(count)} samples near ${number(middle)}`)));
+        y: f.y(count), height: f.box.bottom - f.y(count) }, svg("title", {}, `${number(count)} pairs of sample and reference near ${number(middle)}`)));
     });
     return f.node;
   }
@@ -178,7 +178,7 @@ const Charts = (() => {
   }
 
   /** One bar per value of a small vector, upwards or downwards from zero. */
-  function vector(values, alt, width = 190, height = 46) {
+  function vector(values, alt, height = 46, width = 190) {
     const reach = Math.max(...values.map((v) => (known(v) ? Math.abs(v) : 0)), 1e-12);
     const low = values.some((v) => v < 0), zero = low ? height / 2 : height - 1, room = low ? height / 2 - 1 : height - 2;
     const step = width / values.length;
