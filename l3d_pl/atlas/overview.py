@@ -47,7 +47,7 @@ def overview(
         "id": fingerprint(decomposition.subnetworks)[:16],  # labels belong to this decomposition alone
         "analysed": analysis is not None,
         "n": decomposition.n_subnetworks,
-        "n_samples": about.get("n_samples"),
+        "counts": {name: about.get(name) for name in ("n_samples", "n_top", "n_background", "n_controls")},
         "k": decomposition.k,
         "threshold": decomposition.threshold,
         "sample": decomposition.sample,
@@ -143,7 +143,17 @@ def _subnetworks(
     if analysis is None:
         return columns
     table = read_table(analysis, "subnetworks").set_index("subnetwork").reindex(range(n_v))
-    for name in ("p_act", "impact_mean", "impact_se", "positive_share", "active_samples", "nearest", "nearest_cos"):
+    names = (
+        "p_act",
+        "impact_mean",
+        "impact_se",
+        "positive_share",
+        "active_samples",
+        "nearest",
+        "nearest_cos",
+        "local_to",
+    )
+    for name in names:
         columns[name] = _values(table[name])
     columns["dead"] = (table["dead"].astype("boolean").fillna(True)).tolist()
     bins = read_table(analysis, "histograms").sort_values(["subnetwork", "bin_low"])

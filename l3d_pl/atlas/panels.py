@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,15 @@ from l3d_pl.decomposition import Decomposition
 
 BLOCK = 50  # subnetworks whose rows are in memory at a time
 PIXELS = 128  # longer side of a picture; larger ones are shrunk
-NAMED = 6  # outputs in the summary of a subnetwork, each way
-TABLES = ("samples", "token_coefficients", "outputs", "attribution", "similarity", "curves", "effects", "locality")
+TABLES = (
+    *("samples", "background", "token_coefficients", "outputs", "outputs_summary", "attribution"),
+    *("similarity", "curves", "effects", "locality"),
+)
+CURVES = (
+    *("delta", "relevant", "irrelevant", "selectivity", "kl_inactive", "loss_change"),
+    *("outputs_relevant", "outputs_irrelevant", "outputs_selectivity"),
+    *("relevant_std", "selectivity_std", "outputs_selectivity_std"),
+)
 
 
 def panels(
@@ -79,14 +85,11 @@ def _from_tables(rows: Mapping[str, Sequence[Row]], items: Mapping[int, Row]) ->
         )
     return {
         "samples": samples,
-        "summary": _summary(rows.get("outputs", [])),
+        "summary": _summary(rows.get("outputs_summary", [])),
         "items": {sample: _item(row, coloured.get(sample)) for sample, row in items.items()},
         "neighbours": [[row["other"], row["cos"], row["coactivation"]] for row in rows.get("similarity", [])],
-        "curves": _series(
-            rows.get("curves", []),
-            "control",
-            ("delta", "relevant", "irrelevant", "selectivity", "kl_inactive", "loss_change"),
-        ),
+        "irrelevant": sum(not row["active"] for row in rows.get("background", [])),
+        "curves": _series(rows.get("curves", []), "control", CURVES),
         "locality": _series(rows.get("locality", []), None, ("delta", "change", "linear")).get("", {}),
         "effects": _effects(rows.get("effects", [])),
     }
@@ -117,20 +120,13 @@ def _few(values: Sequence[float]) -> list[float]:
     return few
 
 
-def _summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """What v moves over all top samples: {"samples": how many, "raised", "lowered": [[output, in how many of them among
-    the most affected, mean derivative there], ...]}, the most frequent first."""
-    rows = [row for row in rows if row["kind"] == "top"]
-    summary: dict[str, Any] = {"samples": len({row["place"] for row in rows})}
-    for way in ("raised", "lowered"):
-        found: dict[int, list[Row]] = defaultdict(list)
-        for row in rows:
-            if row["direction"] == way:
-                found[row["output"]].append(row)
-        sums = {output: sum(row["derivative"] for row in each) for output, each in found.items()}
-        order = sorted(found, key=lambda output: (-len(found[output]), -abs(sums[output])))[:NAMED]
-        summary[way] = [[found[o][0]["name"], len(found[o]), sums[o] / len(found[o])] for o in order]
-    return summary
+def _summary(rows: Sequence[Row]) -> dict[str, list[list[Any]]]:
+    """What v moves over all top samples: {"raised", "lowered": [[output, mean derivative, samples of its sign], ...]}."""
+    ordered = sorted(rows, key=lambda row: row["rank"])
+    return {
+        way: [[row["name"], row["derivative"], row["samples"]] for row in ordered if row["direction"] == way]
+        for way in ("raised", "lowered")
+    }
 
 
 def _picture(png: bytes | None) -> str | None:

@@ -349,7 +349,7 @@ const Data = (() => {
       const kind = kinds.includes(view.kind) ? view.kind : kinds[0], rows = panel.samples[kind], shown = all ? rows : rows.slice(0, 12);
       const items = (s) => panel.items[s.sample];
       const image = items(rows[0])?.kind === "image", text = items(rows[0])?.kind === "text";
-      const attributed = rows.filter((s) => s.attribution).length, part = `(of ${attributed} of ${rows.length})`;
+      const attributed = rows.filter((s) => s.attribution).length, moved = rows.filter((s) => s.raised.length || s.lowered.length).length, part = `(of ${attributed} of ${rows.length})`;
       const press = (name, value, key) => el("button", { "aria-pressed": String(view[key] === value || (key === "kind" && kind === value)), "data-choice": value, onclick: () => { view[key] = value; draw(); } }, name);
       box.replaceChildren(
         el("div", { class: "row controls" }, kinds.map((k) => press({ top: "highest impact", middle: "middle of the active ones", random: "random" }[k], k, "kind")), el("span", { class: "gap" }),
@@ -357,6 +357,7 @@ const Data = (() => {
           !text && attributed ? el("label", {}, (() => { const tick = el("input", { type: "checkbox", id: "attribution", onchange: (e) => { view.attribution = e.target.checked; draw(); } }); tick.checked = view.attribution; return tick; })(), ` attribution ${part}`) : null),
         el("p", { class: "note" }, { top: "Samples by impact, the highest first", middle: "Samples around the median impact of the active ones", random: "Samples drawn at random" }[kind],
           text ? "; colour: orange for positive, blue for negative, scaled to each text; the box marks the position that the impact belongs to" : !attributed ? "" : image ? "; orange parts of a picture raise the coefficient, blue ones lower it" : "; below a vector, attribution: orange values raise the coefficient, blue ones lower it", text && run.output_kind === "probability" ? ". ▲▼ the next tokens after the box whose probability v raises and lowers most." : run.output_kind === "probability" ? ". ▲▼ the outputs whose probability v raises and lowers most." : ". ▲▼ outputs that v raises and lowers most, with d output / dδ.",
+          moved && moved < rows.length ? ` Told for ${moved} of ${rows.length}.` : "",
           shown.some((s) => !s.active) ? ` ${INACTIVE}` : ""),
         !text ? el("div", { class: `cards${view.attribution ? "" : " hide-attribution"}` }, shown.map((s) => el("div", { class: "card", "data-sample": s.sample }, itemView(items(s), s), el("div", { class: "soft" }, about(s, items(s))), moves(s))))
           : el("div", {}, shown.map((s) => el("div", { class: "sample", "data-sample": s.sample }, el("div", { class: "about" }, about(s, items(s))), itemView(items(s), s, view.tokens), moves(s)))),
@@ -376,7 +377,7 @@ const Data = (() => {
       const item = panel.items[c.sample], [low, high] = run.output_kind === "probability" ? [0, Math.max(...c.outputs.flatMap((o) => o[1].filter(known)), 0.02)] : Charts.extent(c.outputs.flatMap((o) => o[1]).concat(0));
       const place = (v) => (100 * (v - low)) / (high - low || 1);
       return el("div", { class: "effect", "data-sample": c.sample },
-        el("div", { class: "about note" }, `sample ${c.sample}${c.position >= 0 ? `, position ${c.position}` : ""}, ${strong.has(`${c.sample} ${c.position}`) ? "of high impact" : "for comparison"}`, item?.label ? [" · label ", data(item.label)] : null),
+        el("div", { class: "about note" }, `sample ${c.sample}${c.position >= 0 ? `, position ${c.position}` : ""}, ${strong.has(`${c.sample} ${c.position}`) ? "of high impact" : "inactive, for comparison"}`, item?.label ? [" · label ", data(item.label)] : null),
         el("div", { class: "context" }, !item ? null : item.kind === "text" ? tokens({ ...item, tokens: item.tokens.slice(Math.max(0, c.position - item.first - 7), c.position >= 0 ? c.position - item.first + 1 : 12), first: item.first + Math.max(0, c.position - item.first - 7) }, c, "none")
           : item.kind === "image" ? picture(item) : vector(item, null, 34)),
         c.outputs.map(([name, values]) => {
@@ -405,20 +406,22 @@ const Data = (() => {
 
   function curvesSection(panel) {
     const style = { subnetwork: "s1", random: "s4", gradient: "s2" };
-    const called = { subnetwork: "this subnetwork", random: "random direction", gradient: "mean gradient" };
+    const called = { subnetwork: "this subnetwork", random: "random", gradient: "gradient" };
+    const { n_top, n_background, n_controls } = run.counts, top = panel.samples.top?.length;
     const entries = Object.entries(panel.curves || {}).sort(([a], [b]) => Object.keys(style).indexOf(a) - Object.keys(style).indexOf(b));
     if (!entries.length) return null;
-    const of = (column) => entries.map(([control, c]) => ({ name: called[control] || control, style: style[control] || "s3", x: c.delta, y: c[column], points: true }));
+    const of = (column) => entries.map(([control, c]) => ({ name: called[control] || control, style: style[control] || "s3", x: c.delta, y: c[column], spread: c[`${column}_std`], points: true }));
     const xLabel = "δ (length of the step along the direction)";
-    const most = Math.max(...entries.flatMap(([, c]) => [...c.relevant, ...c.irrelevant]).filter(known), 0);
+    const most = Math.max(...entries.flatMap(([, c]) => [...c.relevant.map((v, i) => v + (c.relevant_std[i] || 0)), ...c.irrelevant]).filter(known), 0);
     const change = (of_) => Charts.lines({ title: `Change of outputs, ${of_} samples`, series: of(of_), xLabel, yLabel: "summed |change of outputs|", fromZero: true, upTo: most, alt: `Change of outputs of ${of_} samples along subnetwork ${panel.k} against delta, with controls` });
     const local = panel.locality || {};
     const kl = run.divergence === "kl" ? "KL (nats), inactive" : "D, inactive samples";
     return [el("h2", {}, "Interventions"),
-      el("p", { class: "note" }, "Relevant samples: those of highest impact; irrelevant: random ones in which it is inactive. Selectivity: mean summed |change of outputs| of the relevant over the irrelevant ones. Controls: random unit directions of the same rank, and the mean gradient's direction."),
+      el("p", { class: "note" }, `Relevant samples: ${known(n_top) ? `the ${top}` : "those"} of highest impact; irrelevant: ${known(n_background) ? `${panel.irrelevant} of ${n_background} random ones, in which it is inactive` : "random ones in which it is inactive"}. Selectivity: mean summed |change of outputs| of the relevant over the irrelevant ones. Controls, as long: ${known(n_controls) ? `${n_controls} random directions of the same ranks (mean; the band is ± their standard deviation)` : "random directions of the same ranks"}, and the mean gradient.`),
       el("div", { class: "columns" },
         Charts.lines({ title: "Selectivity", series: of("selectivity"), xLabel, yLabel: "selectivity (ratio, log)", logY: true, reference: 1, alt: `Selectivity of subnetwork ${panel.k} against delta, with controls` }),
         change("relevant"), change("irrelevant"),
+        Charts.lines({ title: "Selectivity over outputs", series: of("outputs_selectivity"), xLabel, yLabel: "selectivity (ratio, log)", logY: true, reference: 1, alt: `Selectivity of subnetwork ${panel.k} over outputs: in the relevant samples, the mean |change| of the outputs of highest |derivative| along v over that of all others` }),
         Charts.lines({ title: "Side effects on inactive samples", series: of("kl_inactive"), xLabel, yLabel: kl, fromZero: true, logY: "auto", alt: `Side effects: divergence from the unchanged model on samples where subnetwork ${panel.k} is inactive` }),
         Charts.lines({ title: "Change of the task's loss", series: of("loss_change"), xLabel, yLabel: "change of the task's loss", reference: 0, alt: `Change of the task's loss against delta` }),
         local.delta ? Charts.lines({ title: "How far the linear picture holds", series: [{ name: "change of D", style: "s1", x: local.delta, y: local.change, points: true }, { name: "linear prediction", style: "s2", x: local.delta, y: local.linear, points: true }], xLabel, yLabel: "change of D, mean", alt: `Change of the divergence along subnetwork ${panel.k} and its linear prediction: how far the local picture holds` }) : null)];
@@ -454,10 +457,12 @@ const Data = (() => {
     return [el("h2", {}, "Neighbours"), el("div", { class: "columns" }, table("Most similar directions", most(1, 8)), table("Most often active together", most(2, 4)))];
   }
 
-  function summarySection({ summary }) {
-    const outputs = (way, style, sign, word) => summary[way].length ? el("div", {}, el("dt", {}, `${word} most, +v`), el("dd", { class: "row moves" }, el("span", { class: style, "aria-hidden": "true" }, sign), summary[way].map(([name, n, mean]) =>
-      el("span", { class: "chip", title: `${word} ${name} among the most affected outputs of ${n} of ${summary.samples} top samples; there d ${unit()} / dδ = ${number(mean)}, mean` }, visible(name), el("span", { class: "soft" }, ` ${n}/${summary.samples}`))))) : null;
-    return el("dl", { class: "facts", id: "summary" }, outputs("raised", "up", "▲", "Raises"), outputs("lowered", "down", "▼", "Lowers"));
+  function summarySection({ summary, samples }) {
+    const n = samples.top?.length;
+    const outputs = (way, style, sign, word) => summary[way].length ? el("div", {}, el("dt", {}, `A step along +v ${word} most (mean over ${n} top samples)`),
+      el("dd", { class: "row moves" }, el("span", { class: style, "aria-hidden": "true" }, sign), summary[way].map(([name, mean, same]) => el("span", { class: "chip", title: `d ${unit()} / dδ of ${name} = ${number(mean)}, mean over the top samples; of this sign in ${same} of ${n}` },
+        visible(name), el("span", { class: "soft" }, `\u2002${mean > 0 ? "+" : ""}${number(mean)}`))))) : null;
+    return el("dl", { class: "facts", id: "summary" }, outputs("raised", "up", "▲", "raises"), outputs("lowered", "down", "▼", "lowers"));
   }
 
   function panelPage(panel) {
@@ -467,8 +472,9 @@ const Data = (() => {
     const circuit = of("circuit", k);
     const facts = [["P_act", of("dead", k) ? "dead" : `${percent(of("p_act", k))} of sample-reference pairs`],
       ["Impact", known(of("impact_mean", k)) ? plusMinus(of("impact_mean", k), of("impact_se", k)) : null],
-      ["Active samples", known(of("active_samples", k)) ? `${number(of("active_samples", k))} of ${number(run.n_samples)} samples: active against at least half of the references` : null],
+      ["Active samples", known(of("active_samples", k)) ? `${number(of("active_samples", k))} of ${number(run.counts.n_samples)} samples: active against at least half of the references` : null],
       ["Positive coefficients", known(of("positive_share", k)) ? percent(of("positive_share", k)) : null],
+      ["Local picture", known(of("local_to", k)) ? `D within 10 % of its linear prediction up to |δ| = ${number(of("local_to", k))}` : null],
     ].filter(([, v]) => v !== null);
     return [
       el("div", { class: "row" }, el("h1", {}, `Subnetwork ${k}`), circuit ? data(circuit, { class: "soft" }) : null, el("span", { class: "gap" }), el("label", {}, "Label ", input)),

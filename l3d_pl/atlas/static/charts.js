@@ -42,7 +42,7 @@ const Charts = (() => {
   /** What stands at an axis: short, whatever the size. */
   const tick = (value) => (value !== 0 && (Math.abs(value) >= 1e4 || Math.abs(value) < 1e-3) ? value.toExponential().replace("e+", "e").replace(/-/g, "−") : number(value));
   const percent = (share) => (!known(share) ? "–" : share > 0 && share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(1).replace(/\.0$/, "")} %`);
-  const plusMinus = (value, error) => (known(error) ? `${number(value)} ± ${number(Number(error.toPrecision(2)))}` : number(value));
+  const plusMinus = (value, error) => (known(error) ? `${number(value)}\u00a0±\u00a0${number(Number(error.toPrecision(2)))}` : number(value));
 
   function extent(values) {
     let low = Infinity, high = -Infinity;
@@ -115,7 +115,8 @@ const Charts = (() => {
         s.at.length > 1 && svg("line", { class: `series ${s.style}`, x1: 1, x2: 25, y1: 5, y2: 5 }),
         (s.points || s.at.length === 1) && svg("circle", { class: `dot ${s.style}`, cx: 13, cy: 5, r: 2.6 })), s.name)));
 
-  /** Lines with points under a title. series: [{name, style, x, y, points}]; style is a CSS class: colour and dashes. upTo: what the
+  /** Lines with points under a title. series: [{name, style, x, y, spread, points}]; style is a CSS class: colour and dashes;
+   *  spread: what is added to and taken from y for a band around the line. upTo: what the
    *  axis reaches at least, where charts are to be compared; logY "auto": logarithmic where a few values dwarf the others. */
   function lines({ title, series, xLabel, yLabel, alt, logX = false, logY = false, fromZero = false, upTo = 0, reference = null, ...rest }) {
     if (logY === "auto") {
@@ -123,11 +124,11 @@ const Charts = (() => {
       logY = values.length > 2 && values[0] > 0 && values.at(-1) > 100 * values[Math.floor(values.length / 2)];
       if (logY) yLabel += " (log)";
     }
-    const usable = series.map((s) => ({ ...s, at: s.x.map((x, i) => [x, s.y[i]]).filter(([x, y]) =>
+    const usable = series.map((s) => ({ ...s, at: s.x.map((x, i) => [x, s.y[i], s.spread?.[i]]).filter(([x, y]) =>
       known(x) && known(y) && (!logY || y > 0) && (!logX || x > 0)) })).filter((s) => s.at.length);
     if (!usable.length) return null;
     const xs = extent(usable.flatMap((s) => s.at.map((p) => p[0])));
-    let ys = extent(usable.flatMap((s) => s.at.map((p) => p[1])).concat(known(reference) ? [reference] : []));
+    let ys = extent(usable.flatMap((s) => s.at.flatMap((p) => [p[1], p[1] + (p[2] || 0)])).concat(known(reference) ? [reference] : []));
     if (!logY) {
       const pad = (ys[1] - ys[0]) * 0.06;
       ys = [fromZero && ys[0] >= 0 ? 0 : ys[0] - pad, Math.max(ys[1] + pad, 1.06 * upTo)];
@@ -136,6 +137,8 @@ const Charts = (() => {
     const f = frame({ x: xs, y: ys, xLabel, yLabel, alt, logX, logY, ...rest });
     if (known(reference)) f.plot.append(svg("line", { class: "reference", x1: f.box.left, x2: f.box.right, y1: f.y(reference), y2: f.y(reference) }));
     for (const s of usable) {
+      const band = s.at.filter((p) => known(p[2])), edge = (sign) => band.map(([x, y, spread]) => `${f.x(x).toFixed(1)} ${f.y(Math.max(y + sign * spread, ys[0])).toFixed(1)}`);
+      if (band.length > 1) f.plot.append(svg("path", { class: "spread", d: `M${[...edge(1), ...edge(-1).reverse()].join("L")}Z` }));
       f.plot.append(svg("path", { class: `series ${s.style}`, d: "M" + s.at.map(([x, y]) => `${f.x(x).toFixed(1)} ${f.y(y).toFixed(1)}`).join("L") }));
       if (s.points || s.at.length === 1) for (const [x, y] of s.at) {
         f.plot.append(svg("circle", { class: `dot ${s.style}`, cx: f.x(x), cy: f.y(y), r: 2.6 },
