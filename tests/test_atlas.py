@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from l3d_pl.analysis.tables import read_table
+from l3d_pl.analysis.tables import read_table, write_table
 from l3d_pl.atlas import blocks, overview, panels, pictures, structure
 from l3d_pl.atlas.build import write_atlas
 from l3d_pl.atlas.pictures import Picture, draw_run, layers_of
@@ -295,6 +295,50 @@ def test_a_panel_holds_the_rows_of_its_subnetwork(run: Path, atlas: Path) -> Non
         assert values == pytest.approx(rows["value"].tolist(), rel=1e-5)
         assert name == rows["name"].iloc[0]
     assert panel["curves"]["subnetwork"]["selectivity"][3] is None, "not a number at delta 0"
+    background = read_table(run / "analysis", "background", 3)
+    assert panel["irrelevant"] == (~background["active"]).sum() == 6
+    assert [(name, same) for name, _, same in panel["summary"]["lowered"]] == [
+        (row["name"], row["samples"])
+        for _, row in read_table(run / "analysis", "outputs_summary", 3).query("direction == 'lowered'").iterrows()
+    ]
+    assert all(mean < 0 for _, mean, _ in panel["summary"]["lowered"])
+
+
+def test_a_long_vector_is_drawn_in_cells(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "vector", n_v=3)
+    items = read_table(run / "analysis", "items")
+    long = np.zeros(16_384, dtype=np.float32)
+    long[[5, 700]] = 2.0, -3.0
+    items["values"] = [long] * len(items)
+    write_table(run / "analysis", "items", items)
+    attribution = read_table(run / "analysis", "attribution")
+    attribution["values"] = [long] * len(attribution)
+    write_table(run / "analysis", "attribution", attribution)
+    panel = content(write_atlas(run, progress=False).page.parent / "data" / "sub_00001.js")
+    item, first = next(iter(panel["items"].values())), panel["samples"]["top"][0]
+    for values in (item["values"], first["attribution"]["values"]):
+        assert len(values) == 256
+        assert {i: value for i, value in enumerate(values) if value} == {0: 2.0, 10: -3.0}, "the largest of 64"
+    assert item["of"] == 16_384
+    assert sum(sample["attribution"] is not None for sample in panel["samples"]["top"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("columns", "said", "loss"),
+    [
+        (("train/loss/w",), "training batch at step 40", 0.5),
+        (("train/loss/w", "val/loss/w"), "held-out samples, step 40", 0.5),
+        ((), "", None),
+    ],
+)
+def test_it_is_said_what_a_tensors_loss_was_measured_on(
+    columns: tuple[str, ...], said: str, loss: float | None, tmp_path: Path
+) -> None:
+    rows = [f"{step},{','.join([value] * len(columns))}" for step, value in ((20, "0.9"), (40, "0.5"))]
+    (tmp_path / "metrics.csv").write_text("\n".join([",".join(("step", *columns)), *rows]))
+    losses, measured = overview._tensor_losses(overview._curves(tmp_path / "metrics.csv"))
+    assert (losses.get("w"), measured) == (loss, said)
+    assert overview._tensor_losses(overview._curves(tmp_path / "none.csv")) == ({}, "")
 
 
 @pytest.mark.parametrize("size", [1, 1000])

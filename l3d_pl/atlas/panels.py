@@ -121,7 +121,7 @@ def _few(values: Sequence[float]) -> list[float]:
 
 
 def _summary(rows: Sequence[Row]) -> dict[str, list[list[Any]]]:
-    """What v moves over all top samples: {"raised", "lowered": [[output, mean derivative, samples of its sign], ...]}."""
+    """What v moves over all top samples: {"raised", "lowered": [[output, mean derivative, samples of this sign]]}."""
     ordered = sorted(rows, key=lambda row: row["rank"])
     return {
         way: [[row["name"], row["derivative"], row["samples"]] for row in ordered if row["direction"] == way]

@@ -112,11 +112,15 @@ def several(path: Path, toy: Toy) -> Picture:
             circuit = [toy.circuits[shown[k]]]
             alone = found[k, k].mean_change(circuit)
             drift.append(abs(found[a, b].mean_change(circuit) / alone - 1) if alone else math.nan)
-    alt = f"Change of outputs when two subnetworks are pushed at once by δ = {step:g}, mean |change|: {'; '.join(words)}.{_sentence(part)}"
-    differ = f" A circuit's mean |change| differs from that of the push alone by {_median(drift):.0%} (median of these pairs)."
-    caption = (
-        f"Two subnetworks at once, by δ = {step:g} each. {_meaning(toy)}{differ if drift else ''}{_sentence(part)}"
+    alt = (
+        f"Change of outputs when two subnetworks are pushed at once by δ = {step:g}, mean |change|: {'; '.join(words)}."
+        f"{_sentence(part)}"
     )
+    caption = f"Two subnetworks at once, by δ = {step:g} each. {_meaning(toy)}"
+    if drift:
+        caption += f" A circuit's mean |change| differs from that of the push alone by {_median(drift):.0%} (median of "
+        caption += "these pairs)."
+    caption += _sentence(part)
     return Picture(path, alt, caption)
 
 
