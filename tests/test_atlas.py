@@ -320,7 +320,6 @@ def test_a_long_vector_is_drawn_in_cells(tmp_path: Path) -> None:
         assert len(values) == 256
         assert {i: value for i, value in enumerate(values) if value} == {0: 2.0, 10: -3.0}, "the largest of 64"
     assert item["of"] == 16_384
-    assert sum(sample["attribution"] is not None for sample in panel["samples"]["top"]) == 3
 
 
 @pytest.mark.parametrize(

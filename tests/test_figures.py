@@ -116,7 +116,7 @@ def test_what_a_figure_leaves_out_it_says(tmp_path: Path) -> None:
         assert figures[name].alt.endswith("Shown are the first 12 of 15 live subnetworks.")
         assert figures[name].alt.count("feature ") == 12
     n_circuits = len({toy.circuits[k] for k in toy.live})
-    assert f"Shown are the first 4 of {n_circuits} circuits." in figures["several"].caption
+    assert f"Shown are the first 5 of {n_circuits} circuits." in figures["several"].caption
     # Medians are over all of them.
     step = toy.step()
     pushes = zip(toy.live, scatter(toy, [{k: step} for k in toy.live]), strict=True)

@@ -20,7 +20,7 @@ from l3d_pl.errors import L3DError
 from l3d_pl.figures.effects import Curve, Points, Toy, curve, scatter
 
 GREY = "#8c959f"
-MAX_PANELS, MAX_GRID = 12, 4
+MAX_PANELS, MAX_GRID = 12, 5
 OWN: dict[str, Any] = {"color": POSITIVE, "marker": "o", "s": 12, "linewidths": 0, "alpha": 0.8, "zorder": 3}
 SECOND: dict[str, Any] = {"color": ACCENT, "marker": "^", "s": 13, "linewidths": 0, "alpha": 0.8, "zorder": 3}
 OTHER: dict[str, Any] = {"color": GREY, "marker": "x", "s": 7, "linewidths": 0.6, "alpha": 0.6, "zorder": 2}
@@ -79,7 +79,7 @@ def several(path: Path, toy: Toy) -> Picture:
     pairs = [(a, b) for a in range(len(shown)) for b in range(a, len(shown))]
     found = dict(zip(pairs, scatter(toy, [{shown[a]: step, shown[b]: step} for a, b in pairs]), strict=True))
     n = len(shown)
-    with new_figure(path, (2.7 * n + 0.6, 2.3 * n + 1.0)) as figure:
+    with new_figure(path, (2.4 * n + 0.6, 2.1 * n + 1.0)) as figure:
         axes = figure.subplots(n, n, sharex=True, sharey=True, squeeze=False)
         for a in range(n):
             for b in range(n):

@@ -127,7 +127,7 @@ def test_it_opens_and_shows_every_section(window: Window) -> None:
     assert "pairs (log scale)" in text, "the histogram counts pairs"
     for title in ("Selectivity", "Change of outputs, relevant samples", "Change of outputs, irrelevant samples"):
         chart = window.page.locator(f"figure.plot:has(figcaption:text-is('{title}'))")
-        assert chart.locator(".legend").inner_text().split("\n") == ["this subnetwork", "random", "gradient"]
+        assert chart.locator(".legend").inner_text().split("\n") == ["v", "random", "gradient"]
         assert chart.locator("path.series").count() == 3
         assert chart.locator("path.spread").count() == (0 if "irrelevant" in title else 1)
     assert window.page.locator("#samples [data-sample]").count() == 8

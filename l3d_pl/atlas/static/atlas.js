@@ -406,7 +406,7 @@ const Data = (() => {
 
   function curvesSection(panel) {
     const style = { subnetwork: "s1", random: "s4", gradient: "s2" };
-    const called = { subnetwork: "this subnetwork", random: "random", gradient: "gradient" };
+    const called = { subnetwork: "v", random: "random", gradient: "gradient" };
     const { n_top, n_background, n_controls } = run.counts, top = panel.samples.top?.length;
     const entries = Object.entries(panel.curves || {}).sort(([a], [b]) => Object.keys(style).indexOf(a) - Object.keys(style).indexOf(b));
     if (!entries.length) return null;
@@ -417,7 +417,7 @@ const Data = (() => {
     const local = panel.locality || {};
     const kl = run.divergence === "kl" ? "KL (nats), inactive" : "D, inactive samples";
     return [el("h2", {}, "Interventions"),
-      el("p", { class: "note" }, `Relevant samples: ${known(n_top) ? `the ${top}` : "those"} of highest impact; irrelevant: ${known(n_background) ? `${panel.irrelevant} of ${n_background} random ones, in which it is inactive` : "random ones in which it is inactive"}. Selectivity: mean summed |change of outputs| of the relevant over the irrelevant ones. Controls, as long: ${known(n_controls) ? `${n_controls} random directions of the same ranks (mean; the band is ± their standard deviation)` : "random directions of the same ranks"}, and the mean gradient.`),
+      el("p", { class: "note" }, `Relevant samples: ${known(n_top) ? `the ${top}` : "those"} of highest impact; irrelevant: ${known(n_background) ? `${panel.irrelevant} of ${n_background} random ones, in which it is inactive` : "random ones in which it is inactive"}. Selectivity: mean summed |change of outputs| of the relevant over the irrelevant ones; over outputs: in the relevant samples, mean |change| of the outputs that v moves most at first over that of all others. Controls, as long: ${known(n_controls) ? `${n_controls} random directions of the same ranks (mean; the band is ± their standard deviation)` : "random directions of the same ranks"}, and the mean gradient.`),
       el("div", { class: "columns" },
         Charts.lines({ title: "Selectivity", series: of("selectivity"), xLabel, yLabel: "selectivity (ratio, log)", logY: true, reference: 1, alt: `Selectivity of subnetwork ${panel.k} against delta, with controls` }),
         change("relevant"), change("irrelevant"),
