@@ -113,6 +113,9 @@ def test_it_opens_and_shows_every_section(window: Window) -> None:
         assert words in text
     assert re.search(r"\d+ files, [\d.]+ MB", text), "its own size"
     assert window.page.locator("#map circle").count() == 12
+    legend = window.page.locator("figure.plot:has(figcaption:text-is('Loss by tensor')) .legend span")
+    assert legend.count() == 5
+    assert legend.last.inner_text() == "3 others", "one grey for all of them"
     window.shot(f"{kind}_overview")
     window.page.click('#table a[href="#/subnetwork/3"]')
     window.wait(3)
@@ -121,7 +124,7 @@ def test_it_opens_and_shows_every_section(window: Window) -> None:
         assert words in text
     assert "Most similar directions" in text
     assert "Most often active together" in text
-    assert "A step along +v raises most (mean over 8 top samples)" in text
+    assert "A step along +v raises most (mean d " in text
     assert "Relevant samples: the 8 of highest impact; irrelevant: 6 of 9 random ones" in text
     assert "4 random directions of the same ranks (mean; the band is ± their standard deviation)" in text
     assert "pairs (log scale)" in text, "the histogram counts pairs"

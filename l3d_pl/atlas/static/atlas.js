@@ -260,13 +260,15 @@ const Data = (() => {
     if (c.missing) return el("div", { class: "columns" }, missing(c.missing), activity());
     const line = (name, style, pair, points) => pair && { name, style, x: pair[0], y: pair[1], points };
     const group = (entries, quietFrom) => Object.entries(entries || {}).map(([name, pair], i) => line(name, i < quietFrom ? `s${i + 1}` : "quiet", pair, pair[0].length < 8)).filter(Boolean);
-    const tensors = Object.fromEntries(Object.entries(c.tensors).map(([name, pair]) => [shortName(name), pair]));
+    const largest = run.tensors.filter((t) => c.tensors[t.name]).sort((a, b) => b.share - a.share).map((t) => t.name);
+    const tensors = Object.fromEntries(largest.map((name) => [shortName(name), c.tensors[name]]));
+    const others = (series, name) => series.map((s, i) => ({ ...s, name: i < 4 ? s.name : i === 4 ? name : "" })); // all of one grey
     return el("div", { class: "columns" },
       Charts.lines({ title: "Reconstruction loss", series: [line("train", "s1", c.loss["train/loss"]), line("held out", "s2", c.loss["val/loss"], true)].filter(Boolean), fromZero: true,
         xLabel: step, yLabel: "loss L (share of |∇D|²)", alt: "Reconstruction loss against the training step" }),
-      Object.keys(tensors).length > 1 ? Charts.lines({ title: "Loss by tensor", series: group(tensors, 4), fromZero: true, xLabel: step, yLabel: "loss of one tensor", alt: "Loss per tensor against the training step" }) : null,
+      Object.keys(tensors).length > 1 ? Charts.lines({ title: "Loss by tensor", series: others(group(tensors, 4), `${largest.length - 4} other${largest.length > 5 ? "s" : ""}`), fromZero: true, xLabel: step, yLabel: "loss of one tensor", alt: "Loss per tensor against the training step" }) : null,
       activity(),
-      Object.values(c.p_act).some((pair) => pair[0].length > 1) ? Charts.lines({ title: "P_act in training", series: group(c.p_act, 4).map((s) => ({ ...s, name: s.style === "quiet" ? "" : `subnetwork ${s.name}` })), fromZero: true, xLabel: step, yLabel: "P_act (share of pairs)",
+      Object.values(c.p_act).some((pair) => pair[0].length > 1) ? Charts.lines({ title: "P_act in training", series: others(group(c.p_act, 4).map((s) => ({ ...s, name: `subnetwork ${s.name}` })), "others"), fromZero: true, xLabel: step, yLabel: "P_act (share of pairs)",
         alt: `P_act of ${Object.keys(c.p_act).length} of ${c.n_p_act} subnetworks against the training step` }) : null,
       c.dead ? Charts.lines({ title: "Dead subnetworks", series: [line("", "s1", c.dead)], fromZero: true, xLabel: step, yLabel: "dead (share of subnetworks)", alt: "Share of dead subnetworks against the training step" }) : null);
   }
@@ -338,7 +340,7 @@ const Data = (() => {
       el("span", { class: "chip", title: `${word} ${name}: d ${unit()} / dδ = ${number(derivative)}; ${unit()} ${number(p)} at δ = 0` }, visible(name), run.output_kind === "probability" ? null : el("span", { class: "soft" }, `: ${derivative > 0 ? "+" : ""}${number(derivative)}`)))) : null));
 
   const INACTIVE = "Not active: |c| is below the threshold against more than half of the sample's references; the impact, a mean over all of them, may still be high.";
-  const about = (s, item) => [item?.label ? ["label ", data(item.label), " · "] : null, `sample ${s.sample}${s.position >= 0 ? `, position ${s.position}` : ""} · impact ${plusMinus(s.impact, s.impact_se)} · c ${number(s.coefficient)}`, s.active ? null : [" · ", el("span", { class: "inactive", title: INACTIVE }, "not active")]];
+  const about = (s, item) => [item?.label ? ["label ", data(item.label), " · "] : null, `sample ${s.sample}${s.position >= 0 ? `, position ${s.position}` : ""} · impact ${plusMinus(s.impact, s.impact_se)} · c\u00a0${number(s.coefficient)}`, s.active ? null : [" · ", el("span", { class: "inactive", title: INACTIVE }, "not active")]];
 
   function samplesSection(panel) {
     const box = el("div", { id: "samples" });
@@ -356,7 +358,7 @@ const Data = (() => {
           text && attributed ? ["colour: ", press("coefficient", "coefficient", "tokens"), press(`attribution of the marked one ${part}`, "attribution", "tokens")] : null,
           !text && attributed ? el("label", {}, (() => { const tick = el("input", { type: "checkbox", id: "attribution", onchange: (e) => { view.attribution = e.target.checked; draw(); } }); tick.checked = view.attribution; return tick; })(), ` attribution ${part}`) : null),
         el("p", { class: "note" }, { top: "Samples by impact, the highest first", middle: "Samples around the median impact of the active ones", random: "Samples drawn at random" }[kind],
-          text ? "; colour: orange for positive, blue for negative, scaled to each text; the box marks the position that the impact belongs to" : !attributed ? "" : image ? "; orange parts of a picture raise the coefficient, blue ones lower it" : "; below a vector, attribution: orange values raise the coefficient, blue ones lower it", text && run.output_kind === "probability" ? ". ▲▼ the next tokens after the box whose probability v raises and lowers most." : run.output_kind === "probability" ? ". ▲▼ the outputs whose probability v raises and lowers most." : ". ▲▼ outputs that v raises and lowers most, with d output / dδ.",
+          text ? "; colour: orange for positive, blue for negative, scaled to each text; the box marks the position that the impact belongs to" : !attributed ? "" : image ? "; orange parts of a picture add to |c|, blue ones take from it" : "; below a vector, attribution: orange values add to |c|, blue ones take from it", text && run.output_kind === "probability" ? ". ▲▼ the next tokens after the box whose probability v raises and lowers most." : run.output_kind === "probability" ? ". ▲▼ the outputs whose probability v raises and lowers most." : ". ▲▼ outputs that v raises and lowers most, with d output / dδ.",
           moved && moved < rows.length ? ` Told for ${moved} of ${rows.length}.` : "",
           shown.some((s) => !s.active) ? ` ${INACTIVE}` : ""),
         !text ? el("div", { class: `cards${view.attribution ? "" : " hide-attribution"}` }, shown.map((s) => el("div", { class: "card", "data-sample": s.sample }, itemView(items(s), s), el("div", { class: "soft" }, about(s, items(s))), moves(s))))
@@ -459,9 +461,9 @@ const Data = (() => {
 
   function summarySection({ summary, samples }) {
     const n = samples.top?.length;
-    const outputs = (way, style, sign, word) => summary[way].length ? el("div", {}, el("dt", {}, `A step along +v ${word} most (mean over ${n} top samples)`),
+    const outputs = (way, style, sign, word) => summary[way].length ? el("div", {}, el("dt", {}, `A step along +v ${word} most (mean d ${unit()} / dδ; in how many of the ${n} top samples)`),
       el("dd", { class: "row moves" }, el("span", { class: style, "aria-hidden": "true" }, sign), summary[way].map(([name, mean, same]) => el("span", { class: "chip", title: `d ${unit()} / dδ of ${name} = ${number(mean)}, mean over the top samples; of this sign in ${same} of ${n}` },
-        visible(name), el("span", { class: "soft" }, `\u2002${mean > 0 ? "+" : ""}${number(mean)}`))))) : null;
+        visible(name), el("span", { class: "soft" }, `\u2002${mean > 0 ? "+" : ""}${number(mean)}\u2002${same}/${n}`))))) : null;
     return el("dl", { class: "facts", id: "summary" }, outputs("raised", "up", "▲", "raises"), outputs("lowered", "down", "▼", "lowers"));
   }
 
