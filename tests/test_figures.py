@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -303,7 +304,7 @@ def test_gallery_draws_by_seed_and_quotes_inertly(
     assert all(line.count("<b>⟦") <= 1 and "\u202e" not in line for line in page.splitlines())
     assert page.count("⟧</b>") == 20
     # The tables of this run: v moves three times what the controls do, everything four times more than elsewhere.
-    assert page.count("- selectivity v 4.00, random 4.00, gradient 4.00") == 5
+    assert len(re.findall(r"- selectivity v 4\.00, random 4\.00( ± 0\.30)?, gradient 4\.00", page)) == 5
     assert page.count("- moved v 0.600, random 0.200, gradient 0.200") == 5
 
     with pytest.raises(L3DError, match=r"delta: found 7, allowed are 0\.2, 0\.5, 1"):
