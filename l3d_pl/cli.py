@@ -279,8 +279,7 @@ def atlas_command(args: list[str]) -> None:
     parser.add_argument("dir", type=Path, help="a run's directory; it is analysed first where that is not done")
     parser.add_argument("--output", type=Path, default=None, help="where the atlas goes (default: DIR/atlas)")
     known = parser.parse_args(args)
-    if known.output is not None:
-        require_ours(known.output)
+    require_ours(known.output or known.dir / "atlas")  # before the analysis, which takes long
     if analysis_of(known.dir, load_run(known.dir)) is None:
         analyze_command([str(known.dir)])
     atlas = write_atlas(known.dir, known.output)

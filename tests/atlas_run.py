@@ -18,6 +18,7 @@ from l3d_pl.targets.frozen import fingerprint
 SHAPES = {f"blocks.{i}.attn.{part}.weight": (24, 16) for i in range(2) for part in ("q", "k", "v")} | {
     "head.bias": (12,)
 }
+BACKGROUND = 9  # random samples behind the curves
 DELTAS = (-1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0)
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -83,7 +84,7 @@ def make_run(
             {"subnetwork": ks, "p_act": p_act.numpy(), "impact_mean": impact, "impact_se": impact / 20}
             | {"coefficient_mean": 0.0, "coefficient_std": 1.0, "positive_share": rng.random(n_v)}
             | {"active_samples": (p_act.numpy() * 1000).astype(int), "nearest": (ks + 1) % n_v}
-            | {"nearest_cos": rng.random(n_v), "dead": p_act.numpy() == 0}
+            | {"nearest_cos": rng.random(n_v), "dead": p_act.numpy() == 0, "local_to": 0.2}
         )
     }
     bins = np.linspace(-2, 2, 42)
@@ -123,6 +124,15 @@ def make_run(
         derivative=0.25,
         probability=0.1,
     )
+    ways = pd.MultiIndex.from_product([ks, ["raised", "lowered"], range(3)]).to_frame(index=False)
+    ways.columns = ["subnetwork", "direction", "rank"]
+    tables["outputs_summary"] = ways.assign(
+        output=ways["rank"], name=[word(i % 50) for i in range(len(ways))], samples=per_kind - ways["rank"],
+        derivative=np.where(ways["direction"] == "raised", 0.25, -0.25),
+    )  # fmt: skip
+    there = pd.MultiIndex.from_product([ks, range(BACKGROUND)]).to_frame(index=False)
+    there.columns = ["subnetwork", "sample"]
+    tables["background"] = there.assign(position=-1, active=there["sample"] < there["subnetwork"] % BACKGROUND)
     tables["items"] = _items(kind, n_items, length, word, rng)
     pairs = samples.drop_duplicates(["subnetwork", "sample"])
     if kind == "text":
@@ -131,20 +141,21 @@ def make_run(
             | {"positions": [list(range(1, length))] * len(pairs)}
             | {"coefficients": list(rng.normal(size=(len(pairs), length - 1)).astype(np.float32))}
         )
-    size = (1, length) if kind == "text" else (8, 8)
-    if kind != "vector":
-        attributed = shown.drop_duplicates(["subnetwork", "sample", "position"])
-        tables["attribution"] = attributed[["subnetwork", "sample", "position"]].assign(
-            values=list(rng.normal(size=(len(attributed), size[0] * size[1])).astype(np.float32)),
-            height=size[0],
-            width=size[1],
-        )
+    height, width = {"text": (1, length), "image": (8, 8), "vector": (1, 12)}[kind]
+    attributed = shown.drop_duplicates(["subnetwork", "sample", "position"])
+    attributed = attributed[(attributed["kind"] == "top") & (attributed["place"] < 3) | (kind != "vector")]
+    tables["attribution"] = attributed[["subnetwork", "sample", "position"]].assign(
+        values=list(rng.normal(size=(len(attributed), height * width)).astype(np.float32)), height=height, width=width
+    )
     steps_of = pd.MultiIndex.from_product([ks, ["subnetwork", "random", "gradient"], DELTAS]).to_frame(index=False)
     steps_of.columns = ["subnetwork", "control", "delta"]
     size_of = steps_of["delta"].abs() * np.where(steps_of["control"] == "subnetwork", 3, 1)
     tables["curves"] = steps_of.assign(
         relevant=size_of, irrelevant=size_of / 4, selectivity=np.where(size_of > 0, 1 + 3 / (1 + size_of), np.nan),
         kl_inactive=size_of**2 / 10, loss_change=size_of**2 / 20,
+        outputs_relevant=size_of / 2, outputs_irrelevant=size_of / 10, outputs_selectivity=5.0,
+        relevant_std=np.where(steps_of["control"] == "random", size_of / 8, np.nan),
+        selectivity_std=np.where(steps_of["control"] == "random", 0.3, np.nan),
     )  # fmt: skip
     local = pd.MultiIndex.from_product([ks, DELTAS]).to_frame(index=False)
     local.columns = ["subnetwork", "delta"]
@@ -167,6 +178,7 @@ def make_run(
             "split": word(3) if hostile else "val",
         }
         | {"n_samples": 1000, "n_references": 4, "sample": decomposition.sample, "kind": kind, "n_subnetworks": n_v}
+        | {"n_top": per_kind, "n_background": BACKGROUND, "n_controls": 4}
         | {"output_kind": "value" if kind == "vector" else "probability", "tables": counts},
     )
     return run

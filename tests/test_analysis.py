@@ -668,7 +668,7 @@ def test_tables_refuse_what_is_not_theirs(tmp_path: Path) -> None:
     with pytest.raises(L3DError, match=r"map.parquet cannot be read"):
         read_table(tmp_path, "map")
     (tmp_path / "manifest.json").write_text('{"format_version": 99}')
-    with pytest.raises(L3DError, match="format version 99; this l3d_pl reads version 1"):
+    with pytest.raises(L3DError, match="format version 99; this l3d_pl reads version 2"):
         read_manifest(tmp_path)
 
 

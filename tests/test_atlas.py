@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from l3d_pl.analysis.tables import read_table
+from l3d_pl.analysis.tables import read_table, write_table
 from l3d_pl.atlas import blocks, overview, panels, pictures, structure
 from l3d_pl.atlas.build import write_atlas
 from l3d_pl.atlas.pictures import Picture, draw_run, layers_of
@@ -295,6 +295,49 @@ def test_a_panel_holds_the_rows_of_its_subnetwork(run: Path, atlas: Path) -> Non
         assert values == pytest.approx(rows["value"].tolist(), rel=1e-5)
         assert name == rows["name"].iloc[0]
     assert panel["curves"]["subnetwork"]["selectivity"][3] is None, "not a number at delta 0"
+    background = read_table(run / "analysis", "background", 3)
+    assert panel["irrelevant"] == (~background["active"]).sum() == 6
+    assert [(name, same) for name, _, same in panel["summary"]["lowered"]] == [
+        (row["name"], row["samples"])
+        for _, row in read_table(run / "analysis", "outputs_summary", 3).query("direction == 'lowered'").iterrows()
+    ]
+    assert all(mean < 0 for _, mean, _ in panel["summary"]["lowered"])
+
+
+def test_a_long_vector_is_drawn_in_cells(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "vector", n_v=3)
+    items = read_table(run / "analysis", "items")
+    long = np.zeros(16_384, dtype=np.float32)
+    long[[5, 700]] = 2.0, -3.0
+    items["values"] = [long] * len(items)
+    write_table(run / "analysis", "items", items)
+    attribution = read_table(run / "analysis", "attribution")
+    attribution["values"] = [long] * len(attribution)
+    write_table(run / "analysis", "attribution", attribution)
+    panel = content(write_atlas(run, progress=False).page.parent / "data" / "sub_00001.js")
+    item, first = next(iter(panel["items"].values())), panel["samples"]["top"][0]
+    for values in (item["values"], first["attribution"]["values"]):
+        assert len(values) == 256
+        assert {i: value for i, value in enumerate(values) if value} == {0: 2.0, 10: -3.0}, "the largest of 64"
+    assert item["of"] == 16_384
+
+
+@pytest.mark.parametrize(
+    ("columns", "said", "loss"),
+    [
+        (("train/loss/w",), "training batch at step 40", 0.5),
+        (("train/loss/w", "val/loss/w"), "held-out samples, step 40", 0.5),
+        ((), "", None),
+    ],
+)
+def test_it_is_said_what_a_tensors_loss_was_measured_on(
+    columns: tuple[str, ...], said: str, loss: float | None, tmp_path: Path
+) -> None:
+    rows = [f"{step},{','.join([value] * len(columns))}" for step, value in ((20, "0.9"), (40, "0.5"))]
+    (tmp_path / "metrics.csv").write_text("\n".join([",".join(("step", *columns)), *rows]))
+    losses, measured = overview._tensor_losses(overview._curves(tmp_path / "metrics.csv"))
+    assert (losses.get("w"), measured) == (loss, said)
+    assert overview._tensor_losses(overview._curves(tmp_path / "none.csv")) == ({}, "")
 
 
 @pytest.mark.parametrize("size", [1, 1000])
@@ -372,10 +415,41 @@ def test_only_an_atlas_is_written_over(run: Path, tmp_path: Path) -> None:
     assert (mine / "chapter.txt").read_text() == "years of work"
     with pytest.raises(L3DError, match="is no atlas"):
         write_atlas(run, mine / "chapter.txt", progress=False)
-    other = write_atlas(run, tmp_path / "new" / "place", progress=False).page
-    (other.parent / "data" / "sub_99999.js").write_text("old")
-    assert write_atlas(run, tmp_path / "new" / "place", progress=False).page == other
-    assert not (other.parent / "data" / "sub_99999.js").exists(), "the older one is gone whole"
+    mine.rename(own := make_run(tmp_path / "run", n_v=2) / "atlas")
+    with pytest.raises(L3DError, match=r"output: .*run/atlas is there and is no atlas"):
+        write_atlas(own.parent, progress=False)
+    assert [path.name for path in own.iterdir()] == ["chapter.txt"]
+
+
+def test_what_the_user_keeps_in_an_atlas_stays(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", n_v=4)
+    atlas = write_atlas(run, progress=False).page.parent
+    (tmp_path / "outside.txt").write_text("mine")
+    kept = [atlas / "labels.json", atlas / "data" / "notes.js", atlas / "slides" / "one.png"]
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    (atlas / "data" / "sub_00009.js").write_text("of an older atlas")
+    listed = json.loads((atlas / "files.json").read_text())
+    assert set(listed) == {path.relative_to(atlas).as_posix() for path in atlas.rglob("*") if path.is_file()} - {
+        "labels.json", "data/notes.js", "slides/one.png", "data/sub_00009.js"
+    }  # fmt: skip
+    (atlas / "files.json").write_text(json.dumps([*listed, "data/sub_00009.js", "../../outside.txt", "gone.js"]))
+    assert main(["report", str(run)]) == 0
+    assert [path.read_text() for path in [*kept, tmp_path / "outside.txt"]] == ["mine"] * 4
+    assert not (atlas / "data" / "sub_00009.js").exists(), "what the older one had more is gone"
+    assert json.loads((atlas / "files.json").read_text()) == listed
+    assert not (atlas / ".writing").exists()
+
+
+def test_an_atlas_goes_into_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", n_v=2)
+    (here := tmp_path / "new" / "place").mkdir(parents=True)
+    (here / ".writing").mkdir()  # of one that was killed
+    monkeypatch.chdir(here)
+    for _ in range(2):
+        assert main(["atlas", str(run), "--output", "."]) == 0
+        assert (here / "index.html").is_file()
 
 
 def test_tables_of_another_decomposition_are_left_out(tmp_path: Path) -> None:

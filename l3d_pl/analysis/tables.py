@@ -12,17 +12,25 @@ point. Small tables are there as CSV too. In all of them
   mean over samples of I(x, v), the mean over references of |V_in[v] . grad D|, and `impact_se`, its standard error over
   references; `coefficient_mean`, `coefficient_std` of c = V_in g; `positive_share` of the active c; `active_samples`,
   those active against half of their references at least; `nearest`, the subnetwork of highest |cos|, and `nearest_cos`;
-  `dead`: never active.
+  `dead`: never active; `local_to`: the delta up to which D is within 10 % of its linear prediction (see `locality`).
 - `norm_shares`: the part of ‖v_k‖² = 1 that lies in a tensor. `histograms`: of c, over all (sample, reference) pairs.
 - `similarity`: the nearest others by |cos|, and `coactivation`: samples where both are active over those where either
-  is.
+  is. `coactivation`: of all pairs (subnetwork < other) that are ever active together, these two counts of samples.
 - `map`: places in a plane by |cos| (classical scaling). `samples`: the `place`-th of a `kind`: `top` impact, `middle`
   (about the median impact of the active ones), `random`; `coefficient` is the mean over references.
-- `items`: what the samples are, once each. `token_coefficients`: of all counted positions of sequences that are shown.
+- `background`: the random samples that interventions are measured on (the first of them are the `random` of `samples`),
+  and whether v_k is active there.
+- `items`: what the samples are, once each. Of a long sequence `tokens` is a part, from position `first` on; `checksum`
+  is the CRC-32 of the whole input. `token_coefficients`: of all counted positions of sequences that are shown.
 - `outputs`: the outputs that v_k moves most, d output / d delta at delta = 0 (`derivative`) and the output itself.
-- `attribution`: how much of the coefficient each part of the input carries, flat [height, width].
+  `outputs_summary`: those of highest mean derivative over the top samples, and in how many `samples` it has this sign.
+- `attribution`: how much of the coefficient each part of the input carries, flat [height, width] (of a sequence from the
+  position `first` of its item on).
 - `curves`: against delta: mean summed |change| of the outputs of relevant and irrelevant samples, their quotient, the
-  divergence from the unchanged model where v_k is inactive, the change of the task's loss (null without labels).
+  divergence from the unchanged model where v_k is inactive, the change of the task's loss (null without labels);
+  `outputs_relevant`, `outputs_irrelevant`, `outputs_selectivity`: in the relevant samples, the mean |change| of the
+  outputs of highest |derivative| along v_k, of all others, and their quotient; `*_std`: the standard deviation over
+  random directions, of which `random` is the mean.
 - `effects`: some samples' outputs at each delta. `locality`: change of D along delta, and its linear prediction.
 """
 
@@ -40,7 +48,7 @@ import pyarrow.parquet as pq
 
 from l3d_pl.errors import L3DError, require_choice
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 KINDS = ("top", "middle", "random")
 
@@ -65,10 +73,12 @@ SCHEMAS: dict[str, pa.Schema] = {
         nearest=_INT,
         nearest_cos=_FLOAT,
         dead=_BOOL,
+        local_to=_FLOAT,
     ),
     "norm_shares": _schema(subnetwork=_INT, tensor=_TEXT, share=_FLOAT),
     "histograms": _schema(subnetwork=_INT, bin_low=_FLOAT, bin_high=_FLOAT, count=_INT),
     "similarity": _schema(subnetwork=_INT, other=_INT, cos=_FLOAT, coactivation=_FLOAT),
+    "coactivation": _schema(subnetwork=_INT, other=_INT, both=_INT, either=_INT),
     "map": _schema(subnetwork=_INT, x=_FLOAT, y=_FLOAT),
     "samples": _schema(
         subnetwork=_INT,
@@ -81,6 +91,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         coefficient=_FLOAT,
         active=_BOOL,
     ),
+    "background": _schema(subnetwork=_INT, sample=_INT, position=_INT, active=_BOOL),
     "items": _schema(
         sample=_INT,
         kind=_TEXT,
@@ -91,6 +102,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         height=_INT,
         values=_FLOATS,
         label=_TEXT,
+        checksum=_INT,
     ),
     "token_coefficients": _schema(subnetwork=_INT, sample=_INT, positions=_INTS, coefficients=_FLOATS),
     "outputs": _schema(
@@ -106,6 +118,9 @@ SCHEMAS: dict[str, pa.Schema] = {
         derivative=_FLOAT,
         probability=_FLOAT,
     ),
+    "outputs_summary": _schema(
+        subnetwork=_INT, direction=_TEXT, rank=_INT, output=_INT, name=_TEXT, derivative=_FLOAT, samples=_INT
+    ),
     "outputs_names": _schema(output=_INT, name=_TEXT),
     "attribution": _schema(subnetwork=_INT, sample=_INT, position=_INT, values=_FLOATS, height=_INT, width=_INT),
     "curves": _schema(
@@ -117,13 +132,22 @@ SCHEMAS: dict[str, pa.Schema] = {
         selectivity=_FLOAT,
         kl_inactive=_FLOAT,
         loss_change=_FLOAT,
+        outputs_relevant=_FLOAT,
+        outputs_irrelevant=_FLOAT,
+        outputs_selectivity=_FLOAT,
+        relevant_std=_FLOAT,
+        selectivity_std=_FLOAT,
+        outputs_selectivity_std=_FLOAT,
     ),
     "effects": _schema(
         subnetwork=_INT, delta=_FLOAT, sample=_INT, position=_INT, output=_INT, name=_TEXT, value=_FLOAT
     ),
     "locality": _schema(subnetwork=_INT, delta=_FLOAT, change=_FLOAT, linear=_FLOAT),
 }
-AS_CSV = ("subnetworks", "norm_shares", "similarity", "map", "samples", "outputs", "curves", "locality")
+AS_CSV = (
+    *("subnetworks", "norm_shares", "similarity", "coactivation", "map", "samples"),
+    *("outputs", "outputs_summary", "curves", "locality"),
+)
 
 
 def write_table(folder: Path, name: str, rows: pd.DataFrame | Sequence[Mapping[str, Any]]) -> int:
@@ -167,10 +191,10 @@ def read_table(folder: Path, name: str, subnetwork: int | None = None) -> pd.Dat
         raise L3DError(f"analysis: {path} cannot be read ({error})") from error
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, manifest: Mapping[str, Any], name: str = MANIFEST) -> None:
     """Write `manifest.json`; it is the last file to be written: where it is, the tables are complete."""
     content = {"format_version": FORMAT_VERSION} | dict(manifest)
-    replace(folder / MANIFEST, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+    replace(folder / name, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -188,7 +212,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise L3DError(f"analysis: {path} cannot be read ({error})") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
-        raise L3DError(f"analysis: {path} has format version {version}; this l3d_pl reads version {FORMAT_VERSION}")
+        raise L3DError(
+            f"analysis: {path} has format version {version}; this l3d_pl reads version {FORMAT_VERSION} "
+            "(`l3d analyze RUN` makes it again)"
+        )
     return manifest
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ from l3d_pl.targets.frozen import fingerprint
 
 STATIC = Path(__file__).parent / "static"
 MARK = "l3d_pl atlas"  # in the page's head: how a folder is known to be an atlas, and may be written over
+FILES = "files.json"  # what the atlas has written there: the rest of the folder is the user's
+ASIDE = ".writing"
 
 
 class Atlas(NamedTuple):
@@ -38,23 +41,21 @@ class Atlas(NamedTuple):
 
 
 def write_atlas(run_dir: Path, output: Path | None = None, progress: bool = True) -> Atlas:
-    """Write the atlas of a finished run to `output` (default `run_dir/atlas`); an older atlas there is replaced.
+    """Write the atlas of a finished run to `output` (default `run_dir/atlas`); an older atlas's files are replaced.
 
     What the analysis's tables in `run_dir/analysis` hold is shown; without them, what the decomposition itself tells.
-    Files are written beside and then put in place. Memory grows with the subnetworks themselves and with one block of
-    them in the tables, not with the tables.
+    Files are written aside and then put in place; what the user keeps in the folder stays. Memory grows with the
+    subnetworks themselves and with one block of them in the tables, not with the tables.
 
     Raises:
         L3DError: no finished run, a damaged table, or `output` is a folder of something else.
     """
-    if output is None:
-        output = run_dir / "atlas"
-    else:
-        require_ours(output)
+    output = output or run_dir / "atlas"
+    require_ours(output)
     decomposition = load_run(run_dir)
     analysis = analysis_of(run_dir, decomposition)
     manifest = None if analysis is None else read_manifest(analysis)
-    aside = output.with_name(f".{output.name}.writing")
+    aside = output / ASIDE
     shutil.rmtree(aside, ignore_errors=True)
     try:
         (aside / "data").mkdir(parents=True)
@@ -85,14 +86,36 @@ def write_atlas(run_dir: Path, output: Path | None = None, progress: bool = True
         content = overview(run_dir, decomposition, analysis, manifest, shares, target, score, unscored, drawn)
         content["figures"] = figures_of(run_dir, fingerprint(decomposition.subnetworks), aside / "pictures")
         (aside / "index.html").write_text(_page(content["title"]), encoding="utf-8")
-        files, size = _measure(aside)
-        content["size"] = {"files": files + 1, "bytes": size + len(_script("overview", content))}
+        names = [path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file()]
+        names = sorted([*names, "data/overview.js", FILES])
+        (aside / FILES).write_text(json.dumps(names, indent=0) + "\n", encoding="utf-8")
+        size = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())
+        size += len(_script("overview", content))
+        content["size"] = {"files": len(names), "bytes": size}
         write_data(aside / "data" / "overview.js", "overview", content)
-        shutil.rmtree(output, ignore_errors=True)
-        aside.replace(output)
+        _put_in_place(aside, output, names)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return Atlas(output / "index.html", *_measure(output))
+    return Atlas(output / "index.html", len(names), size)
+
+
+def _put_in_place(aside: Path, output: Path, names: Sequence[str]) -> None:
+    """Move these files from `aside` to `output`, and remove those of an older atlas that are none of them."""
+    for name in set(_written(output)) - set(names):
+        (output / name).unlink()
+    for name in sorted(names, key=(FILES, "index.html").__contains__, reverse=True):  # first what makes it an atlas
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(aside / name, output / name)
+
+
+def _written(output: Path) -> list[str]:
+    """The files that an older atlas has written to `output`; none where it has kept no list."""
+    try:
+        names = json.loads((output / FILES).read_text(encoding="utf-8"))
+        files = [name for name in names if (output / name).resolve().is_relative_to(output.resolve())]
+    except (OSError, ValueError, TypeError):
+        return []
+    return [name for name in files if (output / name).is_file()]
 
 
 def analysis_of(run_dir: Path, decomposition: Decomposition) -> Path | None:
@@ -145,14 +168,9 @@ def _page(title: str) -> str:
     return environment.get_template("index.html.j2").render(title=title, mark=MARK)
 
 
-def _measure(folder: Path) -> tuple[int, int]:
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    return len(sizes), sum(sizes)
-
-
 def require_ours(output: Path) -> None:
     """Raise an L3DError unless an atlas may be put there: nothing is, or an empty folder, or an older atlas."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not output.exists() or (output.is_dir() and {path.name for path in output.iterdir()} <= {ASIDE}):
         return
     page = output / "index.html"
     try:

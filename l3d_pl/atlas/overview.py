@@ -40,12 +40,14 @@ def overview(
         L3DError: a damaged table.
     """
     name, about = run_dir.resolve().name, manifest or {}
+    curves = _curves(run_dir / "metrics.csv")
+    losses, measured = _tensor_losses(curves)
     return {
         "title": name,
         "id": fingerprint(decomposition.subnetworks)[:16],  # labels belong to this decomposition alone
         "analysed": analysis is not None,
         "n": decomposition.n_subnetworks,
-        "n_samples": about.get("n_samples"),
+        "counts": {name: about.get(name) for name in ("n_samples", "n_top", "n_background", "n_controls")},
         "k": decomposition.k,
         "threshold": decomposition.threshold,
         "sample": decomposition.sample,
@@ -60,12 +62,14 @@ def overview(
                 "shape": list(shape),
                 "ranks": list(decomposition.subnetworks.ranks[tensor]),
                 "share": shares[:, i].mean().item(),
+                "loss": losses.get(tensor),
             }
             for i, (tensor, shape) in enumerate(decomposition.subnetworks.shapes.items())
         ],
+        "losses_of": measured,
         "subnetworks": _subnetworks(decomposition, analysis, shares, score),
         "map": None if analysis is None else _columns(read_table(analysis, "map"), ("subnetwork", "x", "y")),
-        "curves": _curves(run_dir / "metrics.csv"),
+        "curves": curves,
         "network": network(target, target) if target else None,
         "pictures": [
             {"words": picture}
@@ -139,7 +143,17 @@ def _subnetworks(
     if analysis is None:
         return columns
     table = read_table(analysis, "subnetworks").set_index("subnetwork").reindex(range(n_v))
-    for name in ("p_act", "impact_mean", "impact_se", "positive_share", "active_samples", "nearest", "nearest_cos"):
+    names = (
+        "p_act",
+        "impact_mean",
+        "impact_se",
+        "positive_share",
+        "active_samples",
+        "nearest",
+        "nearest_cos",
+        "local_to",
+    )
+    for name in names:
         columns[name] = _values(table[name])
     columns["dead"] = (table["dead"].astype("boolean").fillna(True)).tolist()
     bins = read_table(analysis, "histograms").sort_values(["subnetwork", "bin_low"])
@@ -172,10 +186,22 @@ def _curves(metrics: Path) -> dict[str, Any]:
             for name, values in wanted.items()
             if name.startswith("train/loss/")
         },
+        "held_out": {
+            name.removeprefix("val/loss/"): values for name, values in wanted.items() if name.startswith("val/loss/")
+        },
         "dead": wanted.get("train/dead_fraction"),
         "p_act": {name.rsplit("/", 1)[1]: wanted[name] for name in spread},
         "n_p_act": len(activities),
     }
+
+
+def _tensor_losses(curves: Mapping[str, Any]) -> tuple[dict[str, float], str]:
+    """Each tensor's loss as logged last, and on what: held-out data where that was measured, else a training batch."""
+    for kind, what in (("held_out", "held-out samples, step"), ("tensors", "training batch at step")):
+        if found := curves.get(kind):
+            step = max(steps[-1] for steps, _ in found.values())
+            return {name: values[-1] for name, (_, values) in found.items()}, f"{what} {step:,.0f}"
+    return {}, ""
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[list[float], list[float]]:

@@ -8,17 +8,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from l3d_pl.analysis.tables import KINDS
 from l3d_pl.atlas.blocks import Row, rows_between, rows_of_samples
-from l3d_pl.atlas.structure import TENSORS, network, tensor_structure
+from l3d_pl.atlas.structure import TENSORS, network, pooled, tensor_structure
 from l3d_pl.decomposition import Decomposition
 
 BLOCK = 50  # subnetworks whose rows are in memory at a time
 PIXELS = 128  # longer side of a picture; larger ones are shrunk
-TABLES = ("samples", "token_coefficients", "outputs", "attribution", "similarity", "curves", "effects", "locality")
+TABLES = (
+    *("samples", "background", "token_coefficients", "outputs", "outputs_summary", "attribution"),
+    *("similarity", "curves", "effects", "locality"),
+)
+CURVES = (
+    *("delta", "relevant", "irrelevant", "selectivity", "kl_inactive", "loss_change"),
+    *("outputs_relevant", "outputs_irrelevant", "outputs_selectivity"),
+    *("relevant_std", "selectivity_std", "outputs_selectivity_std"),
+)
 
 
 def panels(
@@ -65,24 +74,22 @@ def _from_tables(rows: Mapping[str, Sequence[Row]], items: Mapping[int, Row]) ->
     samples: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for row in sorted(rows.get("samples", []), key=lambda row: row["place"]):
         moved = sorted(outputs.get((row["kind"], row["place"]), []), key=lambda o: o["rank"])
-        part = attributed.get((row["sample"], row["position"]))
+        part, item = attributed.get((row["sample"], row["position"])), items.get(row["sample"])
         samples.setdefault(row["kind"], []).append(
             {name: row[name] for name in ("sample", "position", "impact", "impact_se", "coefficient", "active")}
             | {
                 way: [[o["name"], o["derivative"], o["probability"]] for o in moved if o["direction"] == way]
                 for way in ("raised", "lowered")
             }
-            | {"attribution": part and {name: part[name] for name in ("values", "height", "width")}}
+            | {"attribution": part and _attribution(part, item is not None and item["kind"] == "vector")}
         )
     return {
         "samples": samples,
+        "summary": _summary(rows.get("outputs_summary", [])),
         "items": {sample: _item(row, coloured.get(sample)) for sample, row in items.items()},
         "neighbours": [[row["other"], row["cos"], row["coactivation"]] for row in rows.get("similarity", [])],
-        "curves": _series(
-            rows.get("curves", []),
-            "control",
-            ("delta", "relevant", "irrelevant", "selectivity", "kl_inactive", "loss_change"),
-        ),
+        "irrelevant": sum(not row["active"] for row in rows.get("background", [])),
+        "curves": _series(rows.get("curves", []), "control", CURVES),
         "locality": _series(rows.get("locality", []), None, ("delta", "change", "linear")).get("", {}),
         "effects": _effects(rows.get("effects", [])),
     }
@@ -97,8 +104,29 @@ def _item(row: Row, coloured: Row | None) -> dict[str, Any]:
     elif row["kind"] == "image":
         item |= {"picture": _picture(row["png"]), "width": row["width"], "height": row["height"]}
     else:
-        item["values"] = row["values"] or []
+        item |= {"values": _few(row["values"] or []), "of": len(row["values"] or [])}
     return item
+
+
+def _attribution(row: Row, is_vector: bool) -> dict[str, Any]:
+    if is_vector:
+        return {"values": _few(row["values"])}
+    return {name: row[name] for name in ("values", "height", "width")}
+
+
+def _few(values: Sequence[float]) -> list[float]:
+    """At most as many values as are drawn side by side."""
+    few: list[float] = pooled(np.asarray(values, dtype=np.float64)[None], 1)[0].tolist()
+    return few
+
+
+def _summary(rows: Sequence[Row]) -> dict[str, list[list[Any]]]:
+    """What v moves over all top samples: {"raised", "lowered": [[output, mean derivative, samples of this sign]]}."""
+    ordered = sorted(rows, key=lambda row: row["rank"])
+    return {
+        way: [[row["name"], row["derivative"], row["samples"]] for row in ordered if row["direction"] == way]
+        for way in ("raised", "lowered")
+    }
 
 
 def _picture(png: bytes | None) -> str | None:

@@ -88,7 +88,7 @@ def _heat_map(values: Tensor) -> dict[str, Any]:
     """Rows x columns as bytes in [-127, 127] of the largest |value|; of neighbours that share a cell, the largest."""
     matrix = values.numpy()
     rows, columns = matrix.shape
-    matrix = _pooled(_pooled(matrix, 1, UNITS), 0, UNITS)
+    matrix = pooled(pooled(matrix, 1), 0)
     largest = float(np.abs(matrix).max(initial=0.0))
     cells = np.rint(127 * matrix / (largest or 1.0)).astype(np.int8)
     return {
@@ -101,7 +101,8 @@ def _heat_map(values: Tensor) -> dict[str, Any]:
     }
 
 
-def _pooled(matrix: np.ndarray, axis: int, most: int) -> np.ndarray:
+def pooled(matrix: np.ndarray, axis: int, most: int = UNITS) -> np.ndarray:
+    """The matrix with at most so many cells along an axis: of neighbours that share one, the largest by size."""
     size = matrix.shape[axis]
     if size <= most:
         return matrix

@@ -20,7 +20,7 @@ from l3d_pl.errors import L3DError
 from l3d_pl.figures.effects import Curve, Points, Toy, curve, scatter
 
 GREY = "#8c959f"
-MAX_PANELS, MAX_GRID = 12, 4
+MAX_PANELS, MAX_GRID = 12, 5
 OWN: dict[str, Any] = {"color": POSITIVE, "marker": "o", "s": 12, "linewidths": 0, "alpha": 0.8, "zorder": 3}
 SECOND: dict[str, Any] = {"color": ACCENT, "marker": "^", "s": 13, "linewidths": 0, "alpha": 0.8, "zorder": 3}
 OTHER: dict[str, Any] = {"color": GREY, "marker": "x", "s": 7, "linewidths": 0.6, "alpha": 0.6, "zorder": 2}
@@ -37,47 +37,49 @@ def hidden_layers(path: Path, toy: Toy) -> Picture:
 
 
 def _scatter(path: Path, toy: Toy, parameters: Sequence[str] | None) -> Picture:
-    shown, step = _shown(toy)[:MAX_PANELS], toy.step(parameters)
-    found = scatter(toy, [{k: step} for k in shown], parameters)
+    live, step = _live(toy), toy.step(parameters)
+    found = scatter(toy, [{k: step} for k in live], parameters)
+    shown, part = live[:MAX_PANELS], _part(MAX_PANELS, len(live), "live subnetworks")
     with new_figure(path, _panels_size(len(shown))) as figure:
-        for ax, k, dots in zip(_panels(figure, len(shown), _against(toy)), shown, found, strict=True):
+        for ax, k, dots in zip(_panels(figure, len(shown), _against(toy)), shown, found, strict=False):
             _dots(ax, dots, [(toy.circuits[k], OWN)])
             ax.set_title(f"subnetwork {k} · {_circuit(toy, k)}")
         where = "" if parameters is None else ", hidden layers only"
-        figure.suptitle(f"W0 + δ v_k, δ = {step:g}{where}", fontsize=12)
+        figure.suptitle(f"W0 + δ v_k, δ = {step:g}{where}{part and f'; {part}'}", fontsize=12)
         figure.supylabel(_what(toy), fontsize=11)
         _legend(figure, [(f"the subnetwork's own {toy.score.circuit_kind}", OWN), ("others", OTHER)])
     words = [
         f"{k} ({_circuit(toy, k)}): {number(dots.mean_change([toy.circuits[k]]))} against "
         f"{number(dots.mean_change([toy.circuits[k]], others=True))}"
-        for k, dots in zip(shown, found, strict=True)
+        for k, dots in zip(shown, found, strict=False)
     ]
     ratio = _ratio(
         [
             (dots.mean_change([toy.circuits[k]]), dots.mean_change([toy.circuits[k]], others=True))
-            for k, dots in zip(shown, found, strict=True)
+            for k, dots in zip(live, found, strict=True)
         ]
     )
     alt = (
         f"Change of outputs at δ = {step:g}{where}, of each subnetwork's own circuit against others, mean |change| "
-        f"where they are active: {'; '.join(words)}."
+        f"where they are active: {'; '.join(words)}.{_sentence(part)}"
     )
     moved = "" if parameters is None else f" ({', '.join(parameters)})"
     caption = (
         f"Each subnetwork pushed alone by δ = {step:g}{where}{moved}, on {len(toy.inputs):,} held-out inputs. "
         f"{_meaning(toy)} Its own {toy.score.circuit_kind}, where active, moves {ratio} times as much as others "
-        "(median)."
+        f"({_median_of(live)}).{_sentence(part)}"
     )
     return Picture(path, alt, caption)
 
 
 def several(path: Path, toy: Toy) -> Picture:
     """A grid of pairs pushed at once, each subnetwork alone on the diagonal."""
-    shown, step = _distinct(toy)[:MAX_GRID], toy.step()
+    distinct, step = _distinct(toy), toy.step()
+    shown, part = distinct[:MAX_GRID], _part(MAX_GRID, len(distinct), "circuits")
     pairs = [(a, b) for a in range(len(shown)) for b in range(a, len(shown))]
     found = dict(zip(pairs, scatter(toy, [{shown[a]: step, shown[b]: step} for a, b in pairs]), strict=True))
     n = len(shown)
-    with new_figure(path, (2.7 * n + 0.6, 2.3 * n + 1.0)) as figure:
+    with new_figure(path, (2.4 * n + 0.6, 2.1 * n + 1.0)) as figure:
         axes = figure.subplots(n, n, sharex=True, sharey=True, squeeze=False)
         for a in range(n):
             for b in range(n):
@@ -90,7 +92,9 @@ def several(path: Path, toy: Toy) -> Picture:
                 ax.set_title(f"k = {shown[a]}" if a == b else f"k = {shown[a]} and {shown[b]}")
                 ax.tick_params(labelbottom=a == b, labelleft=a == b)
                 ax.set_xlabel(_against(toy) if a == b else "", fontsize=10)
-        figure.suptitle(f"W0 + δ (v_a + v_b), δ = {step:g}; one alone on the diagonal", fontsize=12)
+        figure.suptitle(
+            f"W0 + δ (v_a + v_b), δ = {step:g}; one alone on the diagonal{part and f'; {part}'}", fontsize=12
+        )
         figure.supylabel(_what(toy), fontsize=11)
         kind = toy.score.circuit_kind
         of = [(f"{kind} of a, the row's", OWN), (f"{kind} of b, the column's", SECOND), ("others", OTHER)]
@@ -110,17 +114,21 @@ def several(path: Path, toy: Toy) -> Picture:
             drift.append(abs(found[a, b].mean_change(circuit) / alone - 1) if alone else math.nan)
     alt = (
         f"Change of outputs when two subnetworks are pushed at once by δ = {step:g}, mean |change|: {'; '.join(words)}."
+        f"{_sentence(part)}"
     )
-    differ = f" A circuit's mean |change| differs from that of the push alone by {_median(drift):.0%} (median)."
-    return Picture(
-        path, alt, f"Two subnetworks at once, by δ = {step:g} each. {_meaning(toy)}{differ if drift else ''}"
-    )
+    caption = f"Two subnetworks at once, by δ = {step:g} each. {_meaning(toy)}"
+    if drift:
+        caption += f" A circuit's mean |change| differs from that of the push alone by {_median(drift):.0%} (median of "
+        caption += "these pairs)."
+    caption += _sentence(part)
+    return Picture(path, alt, caption)
 
 
 def against_delta(path: Path, toy: Toy) -> Picture:
     """Mean |change| against δ: own circuit, others, and the own one along a random direction."""
-    shown, step = _shown(toy)[:MAX_PANELS], toy.step()
-    found = [curve(toy, k, step) for k in shown]
+    live, step = _live(toy), toy.step()
+    found = [curve(toy, k, step) for k in live]
+    shown, part = live[:MAX_PANELS], _part(MAX_PANELS, len(live), "live subnetworks")
     lines: list[tuple[str, str, dict[str, Any]]] = [
         ("own", f"own {toy.score.circuit_kind}", {"color": POSITIVE, "linewidth": 2}),
         ("others", "others", {"color": INK, "linewidth": 1.6, "linestyle": "--"}),
@@ -131,36 +139,39 @@ def against_delta(path: Path, toy: Toy) -> Picture:
         ),
     ]
     with new_figure(path, _panels_size(len(shown))) as figure:
-        for ax, k, values in zip(_panels(figure, len(shown), "δ, step along v_k"), shown, found, strict=True):
+        for ax, k, values in zip(_panels(figure, len(shown), "δ, step along v_k"), shown, found, strict=False):
             for attribute, _, style in lines:
                 ax.plot(values.deltas, getattr(values, attribute), **style)
             ax.set_title(f"subnetwork {k} · {_circuit(toy, k)}")
         ax.set_ylim(bottom=0)  # shared; after all are drawn
+        figure.suptitle(f"W0 + δ v_k{part and f'; {part}'}", fontsize=12)
         figure.supylabel("mean |change| of outputs", fontsize=11)
         handles = [Line2D([], [], label=label, **style) for _, label, style in lines]
         figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     at = found[0].deltas.index(step)
     words = [
         f"{k} ({_circuit(toy, k)}): {number(c.own[at])}, {number(c.others[at])}, {number(c.random_own[at])}"
-        for k, c in zip(shown, found, strict=True)
+        for k, c in zip(shown, found, strict=False)
     ]
     alt = (
         f"Mean |change| of outputs against δ; at δ = {step:g} of the own {toy.score.circuit_kind}, of others, and of "
-        f"the own one along a random direction: {'; '.join(words)}."
+        f"the own one along a random direction: {'; '.join(words)}.{_sentence(part)}"
     )
-    return Picture(
-        path, alt, f"Mean |change| of outputs against δ, over the inputs where they are active. {_selective(found)}"
+    caption = (
+        "Mean |change| of outputs against δ, over the inputs where they are active. "
+        f"{_selective(found, _median_of(live))}{_sentence(part)}"
     )
+    return Picture(path, alt, caption)
 
 
-def _selective(found: Sequence[Curve]) -> str:
-    """Selectivity at the ends of the range, of v and of nothing."""
+def _selective(found: Sequence[Curve], median: str) -> str:
+    """Selectivity at the ends of the range and half-way there."""
     ends = [
         f"{_ratio(list(zip((c.own[i] for c in found), (c.others[i] for c in found), strict=True)))} at δ = {delta:g}"
         for i, delta in enumerate(found[0].deltas)
         if i % 4 == 0 and delta != 0
     ]
-    return f"Own over others, median over subnetworks: {', '.join(ends)}."
+    return f"Own over others, {median}: {', '.join(ends)}."
 
 
 def read_a(path: Path, toy: Toy) -> Picture:
@@ -228,7 +239,20 @@ def swept(path: Path, cells: Sequence[Mapping[str, Any]], by: str, label: str) -
 # --- Small parts ------------------------------------------------------------------------------------------------------
 
 
-def _shown(toy: Toy) -> list[int]:
+def _part(shown: int, of: int, what: str) -> str:
+    """What a figure says where it cannot show all."""
+    return f"the first {shown} of {of} {what}" if of > shown else ""
+
+
+def _sentence(part: str) -> str:
+    return f" Shown are {part}." if part else ""
+
+
+def _median_of(live: Sequence[int]) -> str:
+    return f"median over {len(live)} subnetworks" if len(live) > 1 else "one subnetwork"
+
+
+def _live(toy: Toy) -> list[int]:
     if not toy.live:
         raise L3DError("every subnetwork is dead (P_act = 0), so there is none to push")
     return toy.live
@@ -237,7 +261,7 @@ def _shown(toy: Toy) -> list[int]:
 def _distinct(toy: Toy) -> list[int]:
     """The live subnetworks, one for each circuit: that which stands for it, where there is one."""
     chosen: dict[int, int] = {}
-    for k in sorted(_shown(toy), key=lambda k: not toy.score.subnetworks[k].own):
+    for k in sorted(_live(toy), key=lambda k: not toy.score.subnetworks[k].own):
         chosen.setdefault(toy.circuits[k], k)
     return [chosen[circuit] for circuit in sorted(chosen)]
 

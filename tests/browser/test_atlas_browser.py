@@ -5,12 +5,15 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 from atlas_run import DELTAS, HOSTILE, make_run
+from test_figures import make_run as toy_run
 
 from l3d_pl.atlas.build import write_atlas
+from l3d_pl.cli import main
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -39,6 +42,16 @@ def atlases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     runs = {kind: make_run(root / kind, kind) for kind in ("text", "image", "vector")}
     runs["hostile"] = make_run(root / "<img src=x onerror=alert(9)>", hostile=True)
     return {name: write_atlas(run, progress=False).page for name, run in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy, through the commands."""
+    run = toy_run(tmp_path_factory.mktemp("runs") / "toy", "tms", n=6)
+    (run / "metrics.csv").write_text("step,train/loss,val/loss\n0,0.9,\n10,0.5,0.4\n")
+    for command in (["analyze", str(run), "--references", "2"], ["figures", str(run)], ["atlas", str(run)]):
+        assert main(command) == 0
+    return run / "atlas" / "index.html"
 
 
 class Window:
@@ -71,6 +84,11 @@ class Window:
     def shown(self) -> str:
         return str(self.page.get_attribute("#main", "data-page"))
 
+    def data(self, key: str) -> Any:
+        """What the first page was given under this key."""
+        text = Path(self.address.removeprefix("file://")).with_name("data").joinpath("overview.js").read_text()
+        return json.loads(text[text.index(",") + 1 : text.rindex(")")])[key]
+
     def wait(self, page: object) -> None:
         self.page.wait_for_selector(f'#main[data-page="{page}"]')
 
@@ -95,20 +113,74 @@ def test_it_opens_and_shows_every_section(window: Window) -> None:
         assert words in text
     assert re.search(r"\d+ files, [\d.]+ MB", text), "its own size"
     assert window.page.locator("#map circle").count() == 12
+    legend = window.page.locator("figure.plot:has(figcaption:text-is('Loss by tensor')) .legend span")
+    assert legend.count() == 5
+    assert legend.last.inner_text() == "3 others", "one grey for all of them"
     window.shot(f"{kind}_overview")
     window.page.click('#table a[href="#/subnetwork/3"]')
     window.wait(3)
     text = window.page.inner_text("main")
     for words in ("Samples", "Push it", "Interventions", "Coefficients and norm", "Structure", "Neighbours"):
         assert words in text
+    assert "Most similar directions" in text
+    assert "Most often active together" in text
+    assert "A step along +v raises most (mean d " in text
+    assert "Relevant samples: the 8 of highest impact; irrelevant: 6 of 9 random ones" in text
+    assert "4 random directions of the same ranks (mean; the band is ± their standard deviation)" in text
+    assert "pairs (log scale)" in text, "the histogram counts pairs"
+    for title in ("Selectivity", "Change of outputs, relevant samples", "Change of outputs, irrelevant samples"):
+        chart = window.page.locator(f"figure.plot:has(figcaption:text-is('{title}'))")
+        assert chart.locator(".legend").inner_text().split("\n") == ["v", "random", "gradient"]
+        assert chart.locator("path.series").count() == 3
+        assert chart.locator("path.spread").count() == (0 if "irrelevant" in title else 1)
     assert window.page.locator("#samples [data-sample]").count() == 8
     expected = {"text": ".token.here", "image": ".picture canvas.overlay", "vector": "svg.vector rect"}[kind]
     assert window.page.locator(f"#samples {expected}").count() >= 8
+    drawn, of = (3, 8) if kind == "vector" else (8, 8)
+    assert f"(of {drawn} of {of})" in window.page.inner_text("#samples .controls")
+    if kind == "vector":
+        attribution = window.page.locator("#samples .overlay")
+        assert [attribution.nth(i).is_visible() for i in range(attribution.count())] == [True] * 3
+        window.page.click("#attribution")
+        assert [attribution.nth(i).is_visible() for i in range(attribution.count())] == [False] * 3
     pictures = window.page.locator(".effect .picture img")
     assert pictures.count() == (window.page.locator(".effect").count() if kind == "image" else 0)
     assert all(box["width"] == box["height"] > 60 for box in (one.bounding_box() for one in pictures.all()))
     assert window.page.locator("canvas.heat").count() > 5
     window.shot(f"{kind}_subnetwork")
+
+
+def test_a_toy_that_was_really_analysed(browser: Any, toy: Path) -> None:
+    window = Window(browser, toy)
+    assert window.page.locator("h2").all_inner_texts() == [
+        *("Score card", "Subnetworks", "Pictures", "Figures", "Map", "Training and activity")
+    ]
+    truth = window.page.locator("h3:text-is('Against the ground truth') + .scroll tr th").all_inner_texts()
+    assert truth[0] == "recovered"
+    assert "cos" in truth
+    images = window.page.locator(".pictures img")
+    assert images.count() >= 6
+    assert all(images.nth(i).evaluate("image => image.complete && image.naturalWidth > 200") for i in range(6))
+    assert set(window.page.locator("#table tbody td:nth-child(3)").all_inner_texts()) <= {
+        f"feature {i}" for i in range(5)
+    }
+    window.shot("toy_overview")
+    k = window.rows()[0]
+    window.page.click(f'#table a[href="#/subnetwork/{k}"]')
+    window.wait(k)
+    assert window.page.locator("svg.network").count() == 2
+    captions = window.page.locator(".net figcaption").all_inner_texts()
+    assert captions == ["target model", f"subnetwork {k}, with the sign that agrees with the target"]
+    assert window.page.locator("svg.network .edge").count() > 4
+    assert window.page.locator("#samples svg.vector").count() >= 6
+    assert window.page.locator("#samples .overlay").count() == 3, "the attribution of three"
+    assert window.page.locator("figure.plot").count() >= 6
+    still = window.page.locator(".meter .number").all_inner_texts()
+    window.page.fill("#delta", "8")
+    assert window.page.locator(".meter .number").all_inner_texts() != still
+    window.shot("toy_subnetwork")
+    window.context.close()
+    assert window.errors == []
 
 
 @pytest.mark.parametrize("width", [1300, 1000])
@@ -163,6 +235,23 @@ def test_sorting_and_filtering(window: Window) -> None:
     assert values == sorted(values, reverse=True)
     head.locator("button").click()
     assert window.rows() == sorted(range(12), key=lambda k: -k), "impact was made to fall with k"
+    everywhere = window.data("subnetworks")
+    natural = [f"{k:02d}" for k in range(12)]
+    for column, value in {
+        "k": natural,
+        "p_act": everywhere["p_act"],
+        "impact": everywhere["impact_mean"],
+        "positive": everywhere["positive_share"],
+        "nearest": everywhere["nearest_cos"],
+        "tensor": [(shares[0][0], -shares[0][1]) for shares in everywhere["shares"]],  # tensors are named in order
+    }.items():
+        for _ in range(2):
+            window.page.click(f'th[data-column="{column}"] button')
+            falls = window.page.get_attribute(f'th[data-column="{column}"]', "aria-sort") == "descending"
+            assert window.rows() == sorted(range(12), key=lambda k: value[k], reverse=falls), (column, falls)
+    assert window.page.locator("thead th:not([data-column=coefficients]) button").count() == 7, "and label, below"
+    head.locator("button").click()
+    head.locator("button").click()
     window.page.click("#alive")
     assert window.rows() == list(range(10, -1, -1)), "11 is dead"
     window.page.fill("#filter", "blocks.1.attn.v")
@@ -247,6 +336,9 @@ def test_labels_are_kept_exported_and_loaded(
     window.wait(5)
     assert window.page.input_value("#label") == evil
     window.go("#/")
+    for _ in range(2):
+        window.page.click('th[data-column="label"] button')
+        assert window.rows()[0] == 5, "without a label comes last either way"
     window.page.fill("#filter", "DATES")
     assert window.rows() == [5]
     assert window.page.locator("#table td.label").inner_text() == evil
@@ -354,14 +446,15 @@ def test_a_thousand_subnetworks_answer_at_once(browser: Any, tmp_path: Path) -> 
     }"""
     type_ = "const f = document.getElementById('filter'); f.value = '{}'; f.dispatchEvent(new Event('input'))"
     key = "dispatchEvent(new KeyboardEvent('keydown', {{key: '{}'}}))"
-    first = window.rows()[0]
+    order = window.rows()
     actions = {
         "sort": ("document.querySelector('th[data-column=impact] button').click()", None),
         "sort by tensor": ("document.querySelector('th[data-column=tensor] button').click()", None),
         "filter": (type_.format("attn.q"), None),
         "no filter": (type_.format(""), None),
         "rows": ("[...document.querySelectorAll('#table .row button')].at(-1).click()", None),
-        "open": ("location.hash = '#/subnetwork/500'", "500"),
+        "open": ("location.hash = '#/subnetwork/NEW'", "NEW"),
+        "right": (key.format("ArrowRight"), "NEXT"),
         "slider": (
             "const d = document.getElementById('delta'); d.value = 6; d.dispatchEvent(new Event('input'))",
             None,
@@ -369,18 +462,22 @@ def test_a_thousand_subnetworks_answer_at_once(browser: Any, tmp_path: Path) -> 
         "random": ("document.querySelector('[data-choice=random]').click()", None),
         "show all": ("document.getElementById('more').click()", None),
         "back": (key.format("Escape"), "overview"),
-        "open first": (f"location.hash = '#/subnetwork/{first}'", str(first)),
         "theme": ("document.getElementById('theme').click()", None),
         "home": (key.format("Escape"), "overview"),
     }
     took: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(3):
+    for turn in range(5):
+        place = 100 + 150 * turn  # subnetworks that no round before has loaded
         for name, (action, shown) in actions.items():
             # Written into the function: the page's policy forbids eval, and rightly.
+            action, shown = (
+                text and text.replace("NEW", str(order[place])).replace("NEXT", str(order[place + 1]))
+                for text in (action, shown)
+            )
             took[name].append(window.page.evaluate(timed.replace("ACTION", action), shown))
             window.page.wait_for_timeout(400)  # what it loads ahead is another interaction's
     window.context.close()
     ARTIFACTS.mkdir(parents=True, exist_ok=True)
     (ARTIFACTS / "seconds.json").write_text(json.dumps(took, indent=2) + "\n")
     assert window.errors == []
-    assert max(map(min, took.values())) < WITHIN, took  # the best of three: others may use the machine, too
+    assert max(map(median, took.values())) < WITHIN, took

@@ -133,8 +133,8 @@ const Data = (() => {
     { key: "impact", name: "impact", column: "impact_mean", title: "mean over samples and references of |V_in · ∇D|, ± its standard error", value: (k) => of("impact_mean", k),
       cell: (k) => el("td", { class: "number" }, plusMinus(of("impact_mean", k), of("impact_se", k))) },
     { key: "positive", name: "c > 0", column: "positive_share", title: "share of the active coefficients that are positive", value: (k) => of("positive_share", k), cell: (k) => el("td", { class: "number" }, percent(of("positive_share", k))) },
-    { key: "coefficients", name: "coefficients", column: "histograms", unsorted: true, title: "distribution over samples, negative left of the middle; heights are logarithmic", cell: (k) => el("td", {}, spark(k)) },
-    { key: "tensor", name: "norm by tensor", title: "share of the squared norm in each tensor; sorted by the largest one's name, then its share", value: (k) => { const [i, share] = of("shares", k)[0] || [0, 0]; return names[i] + String.fromCharCode(1000 - Math.round(share * 900)); }, cell: (k) => el("td", {}, normBar(k)) },
+    { key: "coefficients", name: "coefficients", column: "histograms", unsorted: true, title: "distribution over the pairs of sample and reference, negative left of the middle; heights are logarithmic", cell: (k) => el("td", {}, spark(k)) },
+    { key: "tensor", name: "norm by tensor", title: "share of the squared norm in each tensor; sorted by the largest one's name, then its share", value: (k) => { const largest = of("shares", k)[0]; return largest ? [names[largest[0]], -largest[1]] : null; }, cell: (k) => el("td", {}, normBar(k)) },
     { key: "nearest", name: "nearest", column: "nearest", title: "the most similar other subnetwork and its |cos|; sorted by |cos|", value: (k) => of("nearest_cos", k),
       cell: (k) => el("td", {}, known(of("nearest", k)) && of("nearest", k) >= 0 ? [el("a", { href: link(of("nearest", k)) }, of("nearest", k)), ` (${number(of("nearest_cos", k))})`] : "–") },
   ];
@@ -170,7 +170,8 @@ const Data = (() => {
       const x = value.get(a), y = value.get(b);
       const empty = (v) => v === null || v === "" || Number.isNaN(v);
       if (empty(x) || empty(y)) return empty(x) - empty(y) || a - b; // what is not known comes last either way
-      return sign * (typeof x === "string" ? natural.compare(x, y) : x - y) || a - b;
+      const apart = Array.isArray(x) ? natural.compare(x[0], y[0]) || x[1] - y[1] : typeof x === "string" ? natural.compare(x, y) : x - y;
+      return sign * apart || a - b;
     });
   }
 
@@ -241,10 +242,9 @@ const Data = (() => {
     el("tr", {}, el("th", { scope: "row", class: "data" }, figure), el("td", { class: "number" }, value), el("td", { class: "soft" }, meaning))))));
 
   function tensorTable() {
-    const last = run.curves.tensors || {};
     const rows = el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {},
-      ["tensor", "shape", "rank per axis"].map((t) => el("th", { scope: "col" }, t)), el("th", { scope: "col", class: "number", title: "reconstruction loss of that tensor alone, last logged in training" }, "loss L"), el("th", { scope: "col", class: "number", title: "of the subnetworks' squared norm, on average" }, "share of norm"), el("th", {}))),
-      el("tbody", {}, run.tensors.map((t, i) => el("tr", {}, el("td", { class: "data" }, t.name), el("td", { class: "whole" }, t.shape.join(" × ")), el("td", { class: "whole" }, t.ranks.join(" × ")), el("td", { class: "number" }, number(last[t.name]?.[1].at(-1))),
+      ["tensor", "shape", "rank per axis"].map((t) => el("th", { scope: "col" }, t)), el("th", { scope: "col", class: "number", title: "reconstruction loss of that tensor alone, as logged last" }, `loss L${run.losses_of ? ` (${run.losses_of})` : ""}`), el("th", { scope: "col", class: "number", title: "of the subnetworks' squared norm, on average" }, "share of norm"), el("th", {}))),
+      el("tbody", {}, run.tensors.map((t, i) => el("tr", {}, el("td", { class: "data" }, t.name), el("td", { class: "whole" }, t.shape.join(" × ")), el("td", { class: "whole" }, t.ranks.join(" × ")), el("td", { class: "number" }, number(t.loss)),
         el("td", { class: "number" }, percent(t.share)), el("td", {}, el("div", { class: "bars", "aria-hidden": "true" }, el("i", { style: { width: `${100 * t.share}%`, background: colours[i] } }))))))));
     return [el("h3", {}, "By tensor"), run.tensors.length > 12 ? el("details", {}, el("summary", {}, `${run.tensors.length} tensors`), rows) : rows];
   }
@@ -260,13 +260,15 @@ const Data = (() => {
     if (c.missing) return el("div", { class: "columns" }, missing(c.missing), activity());
     const line = (name, style, pair, points) => pair && { name, style, x: pair[0], y: pair[1], points };
     const group = (entries, quietFrom) => Object.entries(entries || {}).map(([name, pair], i) => line(name, i < quietFrom ? `s${i + 1}` : "quiet", pair, pair[0].length < 8)).filter(Boolean);
-    const tensors = Object.fromEntries(Object.entries(c.tensors).map(([name, pair]) => [shortName(name), pair]));
+    const largest = run.tensors.filter((t) => c.tensors[t.name]).sort((a, b) => b.share - a.share).map((t) => t.name);
+    const tensors = Object.fromEntries(largest.map((name) => [shortName(name), c.tensors[name]]));
+    const others = (series, name) => series.map((s, i) => ({ ...s, name: i < 4 ? s.name : i === 4 ? name : "" })); // all of one grey
     return el("div", { class: "columns" },
       Charts.lines({ title: "Reconstruction loss", series: [line("train", "s1", c.loss["train/loss"]), line("held out", "s2", c.loss["val/loss"], true)].filter(Boolean), fromZero: true,
         xLabel: step, yLabel: "loss L (share of |∇D|²)", alt: "Reconstruction loss against the training step" }),
-      Object.keys(tensors).length > 1 ? Charts.lines({ title: "Loss by tensor", series: group(tensors, 4), fromZero: true, xLabel: step, yLabel: "loss of one tensor", alt: "Loss per tensor against the training step" }) : null,
+      Object.keys(tensors).length > 1 ? Charts.lines({ title: "Loss by tensor", series: others(group(tensors, 4), `${largest.length - 4} other${largest.length > 5 ? "s" : ""}`), fromZero: true, xLabel: step, yLabel: "loss of one tensor", alt: "Loss per tensor against the training step" }) : null,
       activity(),
-      Object.values(c.p_act).some((pair) => pair[0].length > 1) ? Charts.lines({ title: "P_act in training", series: group(c.p_act, 4).map((s) => ({ ...s, name: s.style === "quiet" ? "" : `subnetwork ${s.name}` })), fromZero: true, xLabel: step, yLabel: "P_act (share of pairs)",
+      Object.values(c.p_act).some((pair) => pair[0].length > 1) ? Charts.lines({ title: "P_act in training", series: others(group(c.p_act, 4).map((s) => ({ ...s, name: `subnetwork ${s.name}` })), "others"), fromZero: true, xLabel: step, yLabel: "P_act (share of pairs)",
         alt: `P_act of ${Object.keys(c.p_act).length} of ${c.n_p_act} subnetworks against the training step` }) : null,
       c.dead ? Charts.lines({ title: "Dead subnetworks", series: [line("", "s1", c.dead)], fromZero: true, xLabel: step, yLabel: "dead (share of subnetworks)", alt: "Share of dead subnetworks against the training step" }) : null);
   }
@@ -324,7 +326,13 @@ const Data = (() => {
     if (!item) return missing(`sample ${sample.sample} is not in the table of items`);
     if (item.kind === "text") return tokens(item, sample, colouring);
     if (item.kind === "image") return picture(item, sample);
-    return Charts.vector(item.values, `Input vector of ${item.values.length} values`);
+    return vector(item, sample?.attribution);
+  }
+
+  function vector(item, attribution, height) {
+    const cells = item.values.length < item.of ? `, ${item.values.length} cells of ${item.of}, each the largest of its values` : "";
+    return [Charts.vector(item.values, `Input vector of ${item.of} values${cells}`, height),
+      attribution ? el("div", { class: "overlay" }, Charts.vector(attribution.values, "How much of the coefficient each value of the vector carries", 30), el("div", { class: "note" }, "↑ attribution")) : null];
   }
 
   const moves = (s) => el("div", { class: "moves" }, [["raised", "▲", "up", "raises"], ["lowered", "▼", "down", "lowers"]].map(([way, sign, style, word]) =>
@@ -332,7 +340,7 @@ const Data = (() => {
       el("span", { class: "chip", title: `${word} ${name}: d ${unit()} / dδ = ${number(derivative)}; ${unit()} ${number(p)} at δ = 0` }, visible(name), run.output_kind === "probability" ? null : el("span", { class: "soft" }, `: ${derivative > 0 ? "+" : ""}${number(derivative)}`)))) : null));
 
   const INACTIVE = "Not active: |c| is below the threshold against more than half of the sample's references; the impact, a mean over all of them, may still be high.";
-  const about = (s, item) => [item?.label ? ["label ", data(item.label), " · "] : null, `sample ${s.sample}${s.position >= 0 ? `, position ${s.position}` : ""} · impact ${plusMinus(s.impact, s.impact_se)} · c ${number(s.coefficient)}`, s.active ? null : [" · ", el("span", { class: "inactive", title: INACTIVE }, "not active")]];
+  const about = (s, item) => [item?.label ? ["label ", data(item.label), " · "] : null, `sample ${s.sample}${s.position >= 0 ? `, position ${s.position}` : ""} · impact ${plusMinus(s.impact, s.impact_se)} · c\u00a0${number(s.coefficient)}`, s.active ? null : [" · ", el("span", { class: "inactive", title: INACTIVE }, "not active")]];
 
   function samplesSection(panel) {
     const box = el("div", { id: "samples" });
@@ -343,14 +351,15 @@ const Data = (() => {
       const kind = kinds.includes(view.kind) ? view.kind : kinds[0], rows = panel.samples[kind], shown = all ? rows : rows.slice(0, 12);
       const items = (s) => panel.items[s.sample];
       const image = items(rows[0])?.kind === "image", text = items(rows[0])?.kind === "text";
-      const attributed = rows.some((s) => s.attribution);
+      const attributed = rows.filter((s) => s.attribution).length, moved = rows.filter((s) => s.raised.length || s.lowered.length).length, part = `(of ${attributed} of ${rows.length})`;
       const press = (name, value, key) => el("button", { "aria-pressed": String(view[key] === value || (key === "kind" && kind === value)), "data-choice": value, onclick: () => { view[key] = value; draw(); } }, name);
       box.replaceChildren(
         el("div", { class: "row controls" }, kinds.map((k) => press({ top: "highest impact", middle: "middle of the active ones", random: "random" }[k], k, "kind")), el("span", { class: "gap" }),
-          text && attributed ? ["colour: ", press("coefficient", "coefficient", "tokens"), press("attribution of the marked one", "attribution", "tokens")] : null,
-          image && attributed ? el("label", {}, (() => { const tick = el("input", { type: "checkbox", id: "attribution", onchange: (e) => { view.attribution = e.target.checked; draw(); } }); tick.checked = view.attribution; return tick; })(), ` attribution (of ${rows.filter((s) => s.attribution).length} of ${rows.length})`) : null),
+          text && attributed ? el("span", { class: "row" }, "colour: ", press("coefficient", "coefficient", "tokens"), press(`attribution ${part}`, "attribution", "tokens")) : null,
+          !text && attributed ? el("label", {}, (() => { const tick = el("input", { type: "checkbox", id: "attribution", onchange: (e) => { view.attribution = e.target.checked; draw(); } }); tick.checked = view.attribution; return tick; })(), ` attribution ${part}`) : null),
         el("p", { class: "note" }, { top: "Samples by impact, the highest first", middle: "Samples around the median impact of the active ones", random: "Samples drawn at random" }[kind],
-          text ? "; colour: orange for positive, blue for negative, scaled to each text; the box marks the position that the impact belongs to" : image ? "; orange parts of a picture raise the coefficient, blue ones lower it" : "", text && run.output_kind === "probability" ? ". ▲▼ the next tokens after the box whose probability v raises and lowers most." : run.output_kind === "probability" ? ". ▲▼ the outputs whose probability v raises and lowers most." : ". ▲▼ outputs that v raises and lowers most, with d output / dδ.",
+          text ? `; colour, scaled to each text: ${view.tokens === "attribution" && attributed ? "what each earlier token adds to |c| of the marked one (orange) or takes from it (blue)" : "each position's own coefficient, orange for positive, blue for negative"}; the box marks the position that the impact belongs to` : !attributed ? "" : image ? "; orange parts of a picture add to |c|, blue ones take from it" : "; below a vector, attribution: orange values add to |c|, blue ones take from it", text && run.output_kind === "probability" ? ". ▲▼ the next tokens after the box whose probability v raises and lowers most." : run.output_kind === "probability" ? ". ▲▼ the outputs whose probability v raises and lowers most." : ". ▲▼ outputs that v raises and lowers most, with d output / dδ.",
+          moved && moved < rows.length ? ` Told for ${moved} of ${rows.length}.` : "",
           shown.some((s) => !s.active) ? ` ${INACTIVE}` : ""),
         !text ? el("div", { class: `cards${view.attribution ? "" : " hide-attribution"}` }, shown.map((s) => el("div", { class: "card", "data-sample": s.sample }, itemView(items(s), s), el("div", { class: "soft" }, about(s, items(s))), moves(s))))
           : el("div", {}, shown.map((s) => el("div", { class: "sample", "data-sample": s.sample }, el("div", { class: "about" }, about(s, items(s))), itemView(items(s), s, view.tokens), moves(s)))),
@@ -370,9 +379,9 @@ const Data = (() => {
       const item = panel.items[c.sample], [low, high] = run.output_kind === "probability" ? [0, Math.max(...c.outputs.flatMap((o) => o[1].filter(known)), 0.02)] : Charts.extent(c.outputs.flatMap((o) => o[1]).concat(0));
       const place = (v) => (100 * (v - low)) / (high - low || 1);
       return el("div", { class: "effect", "data-sample": c.sample },
-        el("div", { class: "about note" }, `sample ${c.sample}${c.position >= 0 ? `, position ${c.position}` : ""}, ${strong.has(`${c.sample} ${c.position}`) ? "of high impact" : "for comparison"}`, item?.label ? [" · label ", data(item.label)] : null),
+        el("div", { class: "about note" }, `sample ${c.sample}${c.position >= 0 ? `, position ${c.position}` : ""}, ${strong.has(`${c.sample} ${c.position}`) ? "of high impact" : "inactive, for comparison"}`, item?.label ? [" · label ", data(item.label)] : null),
         el("div", { class: "context" }, !item ? null : item.kind === "text" ? tokens({ ...item, tokens: item.tokens.slice(Math.max(0, c.position - item.first - 7), c.position >= 0 ? c.position - item.first + 1 : 12), first: item.first + Math.max(0, c.position - item.first - 7) }, c, "none")
-          : item.kind === "image" ? picture(item) : Charts.vector(item.values, "Input vector", 190, 34)),
+          : item.kind === "image" ? picture(item) : vector(item, null, 34)),
         c.outputs.map(([name, values]) => {
           const bar = el("i", { class: "value" }), text = el("span", { class: "number" }), base = values[zero];
           bars.push((i) => {
@@ -399,18 +408,22 @@ const Data = (() => {
 
   function curvesSection(panel) {
     const style = { subnetwork: "s1", random: "s4", gradient: "s2" };
-    const called = { subnetwork: "this subnetwork", random: "random direction", gradient: "mean gradient" };
+    const called = { subnetwork: "v", random: "random", gradient: "gradient" };
+    const { n_top, n_background, n_controls } = run.counts, top = panel.samples.top?.length;
     const entries = Object.entries(panel.curves || {}).sort(([a], [b]) => Object.keys(style).indexOf(a) - Object.keys(style).indexOf(b));
     if (!entries.length) return null;
-    const of = (column) => entries.map(([control, c]) => ({ name: called[control] || control, style: style[control] || "s3", x: c.delta, y: c[column], points: true }));
-    const own = panel.curves.subnetwork, xLabel = "δ (length of the step along the direction)";
+    const of = (column) => entries.map(([control, c]) => ({ name: called[control] || control, style: style[control] || "s3", x: c.delta, y: c[column], spread: c[`${column}_std`], points: true }));
+    const xLabel = "δ (length of the step along the direction)";
+    const most = Math.max(...entries.flatMap(([, c]) => [...c.relevant.map((v, i) => v + (c.relevant_std[i] || 0)), ...c.irrelevant]).filter(known), 0);
+    const change = (of_) => Charts.lines({ title: `Change of outputs, ${of_} samples`, series: of(of_), xLabel, yLabel: "summed |change of outputs|", fromZero: true, upTo: most, alt: `Change of outputs of ${of_} samples along subnetwork ${panel.k} against delta, with controls` });
     const local = panel.locality || {};
     const kl = run.divergence === "kl" ? "KL (nats), inactive" : "D, inactive samples";
     return [el("h2", {}, "Interventions"),
-      el("p", { class: "note" }, "Relevant samples: those of highest impact; irrelevant: others. Selectivity: mean summed |change of outputs| of the relevant over the irrelevant ones. Controls: random unit directions of the same rank, and the mean gradient's direction."),
+      el("p", { class: "note" }, `Relevant samples: ${known(n_top) ? `the ${top}` : "those"} of highest impact; irrelevant: ${known(n_background) ? `${panel.irrelevant} of ${n_background} random ones, in which it is inactive` : "random ones in which it is inactive"}. Selectivity: mean summed |change of outputs| of the relevant over the irrelevant ones; over outputs: in the relevant samples, mean |change| of the outputs that v moves most at first over that of all others. Controls, as long: ${known(n_controls) ? `${n_controls} random directions of the same ranks (mean; the band is ± their standard deviation)` : "random directions of the same ranks"}, and the mean gradient.`),
       el("div", { class: "columns" },
         Charts.lines({ title: "Selectivity", series: of("selectivity"), xLabel, yLabel: "selectivity (ratio, log)", logY: true, reference: 1, alt: `Selectivity of subnetwork ${panel.k} against delta, with controls` }),
-        own && Charts.lines({ title: "Change of outputs", series: [{ name: "relevant samples", style: "s1", x: own.delta, y: own.relevant, points: true }, { name: "irrelevant samples", style: "s2", x: own.delta, y: own.irrelevant, points: true }], xLabel, yLabel: "summed |change of outputs|", fromZero: true, alt: `Change of outputs of relevant and irrelevant samples against delta` }),
+        change("relevant"), change("irrelevant"),
+        Charts.lines({ title: "Selectivity over outputs", series: of("outputs_selectivity"), xLabel, yLabel: "selectivity (ratio, log)", logY: true, alt: `Selectivity of subnetwork ${panel.k} over outputs: in the relevant samples, the mean |change| of the outputs of highest |derivative| along v over that of all others` }),
         Charts.lines({ title: "Side effects on inactive samples", series: of("kl_inactive"), xLabel, yLabel: kl, fromZero: true, logY: "auto", alt: `Side effects: divergence from the unchanged model on samples where subnetwork ${panel.k} is inactive` }),
         Charts.lines({ title: "Change of the task's loss", series: of("loss_change"), xLabel, yLabel: "change of the task's loss", reference: 0, alt: `Change of the task's loss against delta` }),
         local.delta ? Charts.lines({ title: "How far the linear picture holds", series: [{ name: "change of D", style: "s1", x: local.delta, y: local.change, points: true }, { name: "linear prediction", style: "s2", x: local.delta, y: local.linear, points: true }], xLabel, yLabel: "change of D, mean", alt: `Change of the divergence along subnetwork ${panel.k} and its linear prediction: how far the local picture holds` }) : null)];
@@ -426,7 +439,7 @@ const Data = (() => {
   }
 
   function structureSection(panel) {
-    const parts = panel.tensors.map((t) => el("div", {}, el("h3", {}, data(run.tensors[t.tensor].name), " ", el("span", { class: "soft" }, `${t.shape.join(" × ")}, rank ${t.ranks.join(" × ")}, ${percent(panel.shares.find((s) => s[0] === t.tensor)?.[1])} of the squared norm`)),
+    const parts = panel.tensors.map((t) => el("div", {}, el("h3", { title: run.tensors[t.tensor].name }, data(names[t.tensor]), " ", el("span", { class: "soft" }, `${t.shape.join(" × ")}, rank ${t.ranks.join(" × ")}, ${percent(panel.shares.find((s) => s[0] === t.tensor)?.[1])} of the squared norm`)),
       t.whole ? heat(t.whole, t.shape.length === 1 ? "the vector" : t.shape.length === 2 ? "the matrix, axis 0 downwards" : "the tensor, axis 0 downwards, the others in a row") : null,
       (t.modes || []).map((m, axis) => heat(m, `axis ${axis} (${t.shape[axis]} units): ${m.rows === 1 ? "its direction" : `${m.rows} of ${m.of} directions, strongest first; singular values ${m.values.slice(0, 4).map(number).join(", ")}${m.values.length > 4 ? " …" : ""}`}`, 14)),
       t.whole || t.modes ? null : missing("values that are not finite")));
@@ -440,9 +453,18 @@ const Data = (() => {
 
   function neighboursSection(panel) {
     if (!panel.neighbours?.length) return null;
-    const rows = panel.neighbours.slice().sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]));
-    return [el("h2", {}, "Neighbours"), el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ["subnetwork", "label", "cos", "co-activation"].map((t, i) => el("th", { scope: "col", class: i > 1 ? "number" : null, title: i === 3 ? "samples where both are active over samples where either is" : null }, t)))),
-      el("tbody", {}, rows.slice(0, 12).map(([other, cos, both]) => el("tr", {}, el("td", {}, el("a", { href: link(other) }, `subnetwork ${other}`)), el("td", { class: "label data" }, Labels.get(other) || of("circuit", other) || ""), el("td", { class: "number" }, number(cos)), el("td", { class: "number" }, percent(both)))))))];
+    const most = (place, n) => panel.neighbours.filter((row) => row[place]).sort((a, b) => Math.abs(b[place]) - Math.abs(a[place])).slice(0, n);
+    const table = (title, rows) => rows.length ? el("div", {}, el("h3", {}, title), el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ["subnetwork", "label", "cos", "co-activation"].map((t, i) => el("th", { scope: "col", class: i > 1 ? "number" : null, title: i === 3 ? "samples where both are active over samples where either is" : null }, t)))),
+      el("tbody", {}, rows.map(([other, cos, both]) => el("tr", {}, el("td", {}, el("a", { href: link(other) }, `subnetwork ${other}`)), el("td", { class: "label data" }, Labels.get(other) || of("circuit", other) || ""), el("td", { class: "number" }, number(cos)), el("td", { class: "number" }, percent(both)))))))) : null;
+    return [el("h2", {}, "Neighbours"), el("div", { class: "columns" }, table("Most similar directions", most(1, 8)), table("Most often active together", most(2, 4)))];
+  }
+
+  function summarySection({ summary, samples }) {
+    const n = samples.top?.length;
+    const outputs = (way, style, sign, word) => summary[way].length ? el("div", {}, el("dt", {}, `A step along +v ${word} most (mean d ${unit()} / dδ; in how many of the ${n} top samples)`),
+      el("dd", { class: "row moves" }, el("span", { class: style, "aria-hidden": "true" }, sign), summary[way].map(([name, mean, same]) => el("span", { class: "chip", title: `d ${unit()} / dδ of ${name} = ${number(mean)}, mean over the top samples; of this sign in ${same} of ${n}` },
+        visible(name), el("span", { class: "soft" }, `\u2002${mean > 0 ? "+" : ""}${number(mean)}\u2002${same}/${n}`))))) : null;
+    return el("dl", { class: "facts", id: "summary" }, outputs("raised", "up", "▲", "raises"), outputs("lowered", "down", "▼", "lowers"));
   }
 
   function panelPage(panel) {
@@ -452,12 +474,14 @@ const Data = (() => {
     const circuit = of("circuit", k);
     const facts = [["P_act", of("dead", k) ? "dead" : `${percent(of("p_act", k))} of sample-reference pairs`],
       ["Impact", known(of("impact_mean", k)) ? plusMinus(of("impact_mean", k), of("impact_se", k)) : null],
-      ["Active samples", known(of("active_samples", k)) ? `${number(of("active_samples", k))} of ${number(run.n_samples)} samples: active against at least half of the references` : null],
+      ["Active samples", known(of("active_samples", k)) ? `${number(of("active_samples", k))} of ${number(run.counts.n_samples)} samples: active against at least half of the references` : null],
       ["Positive coefficients", known(of("positive_share", k)) ? percent(of("positive_share", k)) : null],
+      ["Local picture", known(of("local_to", k)) ? `D within 10 % of its linear prediction up to |δ| = ${number(of("local_to", k))}` : null],
     ].filter(([, v]) => v !== null);
     return [
       el("div", { class: "row" }, el("h1", {}, `Subnetwork ${k}`), circuit ? data(circuit, { class: "soft" }) : null, el("span", { class: "gap" }), el("label", {}, "Label ", input)),
       el("dl", { class: "facts" }, facts.map(([key, value]) => el("div", {}, el("dt", {}, key), el("dd", { class: "data" }, value)))),
+      summarySection(panel),
       el("h2", {}, "Samples"), samplesSection(panel),
       effectsSection(panel), curvesSection(panel),
       el("h2", {}, "Coefficients and norm"),

@@ -42,7 +42,7 @@ const Charts = (() => {
   /** What stands at an axis: short, whatever the size. */
   const tick = (value) => (value !== 0 && (Math.abs(value) >= 1e4 || Math.abs(value) < 1e-3) ? value.toExponential().replace("e+", "e").replace(/-/g, "−") : number(value));
   const percent = (share) => (!known(share) ? "–" : share > 0 && share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(1).replace(/\.0$/, "")} %`);
-  const plusMinus = (value, error) => (known(error) ? `${number(value)} ± ${number(Number(error.toPrecision(2)))}` : number(value));
+  const plusMinus = (value, error) => (known(error) ? `${number(value)}\u00a0±\u00a0${number(Number(error.toPrecision(2)))}` : number(value));
 
   function extent(values) {
     let low = Infinity, high = -Infinity;
@@ -115,27 +115,30 @@ const Charts = (() => {
         s.at.length > 1 && svg("line", { class: `series ${s.style}`, x1: 1, x2: 25, y1: 5, y2: 5 }),
         (s.points || s.at.length === 1) && svg("circle", { class: `dot ${s.style}`, cx: 13, cy: 5, r: 2.6 })), s.name)));
 
-  /** Lines with points under a title. series: [{name, style, x, y, points}]; style is a CSS class: colour and dashes. logY "auto":
-   *  logarithmic where a few values dwarf the others. */
-  function lines({ title, series, xLabel, yLabel, alt, logX = false, logY = false, fromZero = false, reference = null, ...rest }) {
+  /** Lines with points under a title. series: [{name, style, x, y, spread, points}]; style is a CSS class: colour and dashes;
+   *  spread: what is added to and taken from y for a band around the line. upTo: what the
+   *  axis reaches at least, where charts are to be compared; logY "auto": logarithmic where a few values dwarf the others. */
+  function lines({ title, series, xLabel, yLabel, alt, logX = false, logY = false, fromZero = false, upTo = 0, reference = null, ...rest }) {
     if (logY === "auto") {
       const values = series.flatMap((s) => s.y).filter((v) => known(v) && v !== 0).sort((a, b) => a - b);
       logY = values.length > 2 && values[0] > 0 && values.at(-1) > 100 * values[Math.floor(values.length / 2)];
       if (logY) yLabel += " (log)";
     }
-    const usable = series.map((s) => ({ ...s, at: s.x.map((x, i) => [x, s.y[i]]).filter(([x, y]) =>
+    const usable = series.map((s) => ({ ...s, at: s.x.map((x, i) => [x, s.y[i], s.spread?.[i]]).filter(([x, y]) =>
       known(x) && known(y) && (!logY || y > 0) && (!logX || x > 0)) })).filter((s) => s.at.length);
     if (!usable.length) return null;
     const xs = extent(usable.flatMap((s) => s.at.map((p) => p[0])));
-    let ys = extent(usable.flatMap((s) => s.at.map((p) => p[1])).concat(known(reference) ? [reference] : []));
+    let ys = extent(usable.flatMap((s) => s.at.flatMap((p) => [p[1], p[1] + (p[2] || 0)])).concat(known(reference) ? [reference] : []));
     if (!logY) {
       const pad = (ys[1] - ys[0]) * 0.06;
-      ys = [fromZero && ys[0] >= 0 ? 0 : ys[0] - pad, ys[1] + pad];
+      ys = [fromZero && ys[0] >= 0 ? 0 : ys[0] - pad, Math.max(ys[1] + pad, 1.06 * upTo)];
       if (fromZero && ys[1] === 0) ys = [0, 1];
     }
     const f = frame({ x: xs, y: ys, xLabel, yLabel, alt, logX, logY, ...rest });
     if (known(reference)) f.plot.append(svg("line", { class: "reference", x1: f.box.left, x2: f.box.right, y1: f.y(reference), y2: f.y(reference) }));
     for (const s of usable) {
+      const band = s.at.filter((p) => known(p[2])), edge = (sign) => band.map(([x, y, spread]) => `${f.x(x).toFixed(1)} ${f.y(Math.max(y + sign * spread, ys[0])).toFixed(1)}`);
+      if (band.length > 1) f.plot.append(svg("path", { class: "spread", d: `M${[...edge(1), ...edge(-1).reverse()].join("L")}Z` }));
       f.plot.append(svg("path", { class: `series ${s.style}`, d: "M" + s.at.map(([x, y]) => `${f.x(x).toFixed(1)} ${f.y(y).toFixed(1)}`).join("L") }));
       if (s.points || s.at.length === 1) for (const [x, y] of s.at) {
         f.plot.append(svg("circle", { class: `dot ${s.style}`, cx: f.x(x), cy: f.y(y), r: 2.6 },
@@ -150,13 +153,13 @@ const Charts = (() => {
   /** Bars of counts between low and high; heights are log(1 + count), since one bin often holds nearly all. */
   function histogram({ low, high, counts, xLabel, alt, width = 440, height = 190 }) {
     const most = Math.max(...counts, 1);
-    const f = frame({ width, height, x: [low, high], y: [0.8, most * 1.3], logY: true, xLabel, yLabel: "samples (log scale)", alt });
+    const f = frame({ width, height, x: [low, high], y: [0.8, most * 1.3], logY: true, xLabel, yLabel: "pairs (log scale)", alt });
     const step = (f.box.right - f.box.left) / counts.length;
     counts.forEach((count, i) => {
       if (!count) return;
       const middle = low + ((i + 0.5) * (high - low)) / counts.length;
       f.plot.append(svg("rect", { class: middle < 0 ? "negative" : "positive", x: f.box.left + i * step + 0.5, width: Math.max(step - 1, 0.8),
-        y: f.y(count), height: f.box.bottom - f.y(count) }, svg("title", {}, `${number(count)} samples near ${number(middle)}`)));
+        y: f.y(count), height: f.box.bottom - f.y(count) }, svg("title", {}, `${number(count)} pairs of sample and reference near ${number(middle)}`)));
     });
     return f.node;
   }
@@ -178,7 +181,7 @@ const Charts = (() => {
   }
 
   /** One bar per value of a small vector, upwards or downwards from zero. */
-  function vector(values, alt, width = 190, height = 46) {
+  function vector(values, alt, height = 46, width = 190) {
     const reach = Math.max(...values.map((v) => (known(v) ? Math.abs(v) : 0)), 1e-12);
     const low = values.some((v) => v < 0), zero = low ? height / 2 : height - 1, room = low ? height / 2 - 1 : height - 2;
     const step = width / values.length;
