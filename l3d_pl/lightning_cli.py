@@ -318,7 +318,7 @@ class ParamsCLI(L3DCLI):
 
 
 class CheckCLI(ParamsCLI):
-    """What `l3d fit` would make of its arguments, of target and V the shapes alone; wrong ones raise, nothing is run."""
+    """What `l3d fit` would make of its arguments, target and V as shapes alone; wrong ones raise, nothing runs."""
 
     def before_instantiate_classes(self) -> None:
         from l3d_pl.plan.shapes import untrained_on_meta

@@ -84,11 +84,8 @@ def test_what_is_wrong_is_said_before_anything_is_queued(
 
 
 def test_what_the_cluster_has_and_this_machine_has_not_is_no_mistake() -> None:
-    slurm.submit(
-        Path("run"),
-        [*FIT, *"--trainer.accelerator gpu --trainer.devices 8 --trainer.strategy ddp".split()],
-        dry_run=True,
-    )
+    more = ["--trainer.accelerator", "gpu", "--trainer.devices", "8", "--trainer.strategy", "ddp"]
+    slurm.submit(Path("run"), [*FIT, *more], dry_run=True)
     assert [path.name for path in Path().iterdir()] == ["run"]  # nothing else is written
     assert [path.name for path in Path("run").iterdir()] == ["slurm"]
 
