@@ -19,20 +19,22 @@ from l3d_pl import slurm
 from l3d_pl.cli import main
 from l3d_pl.lightning_cli import train_target
 
+MINUTES = int(os.environ.get("MINUTES", "1"))  # of time limits that are waited for; where a start takes so long: more
+
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(900 * MINUTES),
     pytest.mark.skipif(bool(missing()), reason=f"no Slurm: {missing()}"),
 ]
 
 STEPS = 300
-WAIT = 240  # seconds for anything, on a busy machine
+WAIT = 240 * MINUTES  # seconds for anything, on a busy machine
 FIT = ["--config", "tms", "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "3"]
 FIT += ["--data.steps_per_epoch", "100", "--model.init_samples", "200", "--model.swap_samples", "200"]
 FIT += ["--checkpoint.every_n_train_steps", "20"]
 TWO_NODES = [*FIT, "--trainer.strategy", "ddp"]
 SLOW = "--trainer.callbacks+=interruptions.Slow"
-SLOWER = "--trainer.callbacks.starts=2 --trainer.callbacks.seconds=0.5"  # two starts of a minute are not enough
+SLOWER = f"--trainer.callbacks.starts=2 --trainer.callbacks.seconds={0.5 * MINUTES}"  # two starts are not enough
 HANG = "--trainer.callbacks+=interruptions.Hang --trainer.callbacks.step=30"
 SMALL = ["--cpus-per-task=1", "--mem-per-cpu=100"]
 
@@ -70,7 +72,7 @@ def array(cluster: Cluster) -> tuple[Path, str]:
     )
     Path("deaf.sh").write_text("[ $SLURM_ARRAY_TASK_ID != 4 ] || trap '' USR1\n")
     # One second before a limit of a minute is 29 to 59 s after the start: Slurm looks twice a minute.
-    options = ["--time=1", "--signal=B:USR1@1", "--exclude=node2", *SMALL]
+    options = [f"--time={MINUTES}", "--signal=B:USR1@1", "--exclude=node2", *SMALL]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SETUP", "deaf.sh")
         job = slurm.submit(sweep, FIT, options, grid=Path("grid.txt"))
@@ -83,7 +85,7 @@ def array(cluster: Cluster) -> tuple[Path, str]:
 def hanging(cluster: Cluster, array: tuple[Path, str]) -> tuple[Path, str]:
     """A run that hangs; the signal comes less than a minute before its time limit, GRACE are more than two."""
     run = Path("runs/hanging")
-    options = ["--time=1", "--signal=B:USR1@60", *SMALL]
+    options = [f"--time={MINUTES + 1}", "--signal=B:USR1@60", *SMALL]
     job = slurm.submit(run, [*FIT, *HANG.split(), "--trainer.callbacks.go=runs/hanging/go"], options)
     return run, job
 
