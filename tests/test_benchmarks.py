@@ -113,3 +113,13 @@ def test_plan_holds_and_sends_what_was_measured(monkeypatch: pytest.MonkeyPatch)
             planned = scaling.planned(strategy, ranks)
             for key, expected in scaling.formulas(strategy, ranks).items():
                 assert planned[key] == pytest.approx(expected, rel=1e-6), (strategy, ranks, key)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_stage_1"])
+def test_plan_of_two_ranks_has_the_peak_of_a_run(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if strategy.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    scaling = load("scaling", monkeypatch)
+    assert scaling.planned(strategy, 2)["peak"] == pytest.approx(scaling.measure(strategy, 2, 1)["peak"], rel=0.15)
