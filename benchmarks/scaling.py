@@ -1,4 +1,4 @@
-"""Memory, bytes sent and time per step of every strategy on 1, 2 and 4 ranks, against the formulas of docs/scaling.md.
+"""Memory, bytes sent and time per step of every strategy on 1, 2 and 4 ranks, against formulas and `l3d plan`.
 
     python benchmarks/scaling.py [--strategies ddp fsdp2 ...] [--ranks 1 2 4] [--steps 8] [--output runs/benchmarks]
 
@@ -7,7 +7,8 @@ all ranks, random references, no start from gradients and no swaps. CPU and gloo
 
 - `held`: bytes of V_in, V_out and AdamW's state on a rank between two steps (all tensors that there are, without the
   target's). Gradients are there within a step only; under DeepSpeed's stage 3 its master's are kept.
-- `peak`: what the process's resident memory has grown by from before V to its highest.
+- `peak`: what the process's resident memory has grown by from before V to its highest, beside what `l3d plan` says of
+  it. What is freed goes back to the system at once (`MALLOC_MMAP_THRESHOLD_`), where glibc would keep some.
 - `sent`: what goes over the loopback device in a step, by a rank. Each run has a network of its own (`unshare --net`,
   which takes root); where that cannot be had, other programs' packets count too.
 - `seconds`: CPU seconds of a rank's step, median. The ranks share the machine's cores.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import resource
@@ -41,6 +43,7 @@ from torch import nn
 from datamodules.loading import InMemoryData, Rows
 from l3d_pl import L3D
 from l3d_pl.parallel import Ranks
+from l3d_pl.plan.strategies import Planner, World, bytes_sent
 from l3d_pl.toys import quiet_trainer
 
 WIDTH, LAYERS, N_V, RANK, SAMPLES = 1024, 3, 600, 2, 64
@@ -48,21 +51,32 @@ STRATEGIES = ("ddp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_2", "deepspe
 
 
 def formulas(strategy: str, ranks: int) -> dict[str, float]:
-    """Bytes held and sent by a rank, as docs/scaling.md has them."""
+    """Bytes held and sent by a rank."""
     side = 4.0 * N_V * LAYERS * (2 * WIDTH * RANK + RANK * RANK)
-    samples = SAMPLES // ranks
-    captured = 4.0 * samples * LAYERS * 2 * WIDTH
-    codes = 4.0 * SAMPLES * N_V / ranks
-    all_reduce = 2 * (ranks - 1) / ranks * 2 * side
-    if strategy == "fsdp2":
-        sent = (ranks - 1) / ranks * side + (ranks - 1) * (captured + codes)
-        return {"held": 6 * side / ranks, "sent": sent}
-    if strategy == "ddp":
-        return {"held": 6 * side, "sent": all_reduce}
-    kept = {"1": 2 + 6 / ranks, "2": 2 + 6 / ranks, "3": 10 / ranks}[strategy[-1]]
-    gathered = (ranks - 1) / ranks * 2 * side
-    # On gloo DeepSpeed sums gradients up by an all-reduce, on NCCL by half of that. V is gathered after it, or twice.
-    return {"held": kept * side, "sent": all_reduce + (2 if strategy[-1] == "3" else 1) * gathered}
+    shards = ranks if strategy == "fsdp2" else 1
+    captured, codes = 4.0 * SAMPLES // ranks * LAYERS * 2 * WIDTH, 4.0 * SAMPLES * N_V / ranks
+    sent = bytes_sent(strategy, 2 * side / shards, ranks, shards, captured, codes, nccl=False)
+    kept = {"ddp": 6.0, "fsdp2": 6 / ranks, "deepspeed_stage_3": 10 / ranks}.get(strategy, 2 + 6 / ranks)
+    return {"held": kept * side, "sent": sum(sent.values())}
+
+
+def planned(strategy: str, ranks: int) -> dict[str, float]:
+    """What `l3d plan` says of the same, and of the peak; without the target, which is there before."""
+    with torch.device("meta"):
+        batch = {"inputs": torch.zeros(SAMPLES // ranks, WIDTH)}
+        planner = Planner(decomposition(perceptron()), batch, World(1, ranks, cuda=False))
+    plans = {plan.strategy: plan for plan in planner.plans() if plan.shards in (1, ranks)}
+    plan = plans.get(strategy) or plans["auto"]  # (one rank: no DDP, no shards)
+    held = plan.memory["V"] + plan.memory["optimizer"]
+    return {"held": held, "sent": sum(plan.sent.values()), "peak": plan.peak - plan.memory["target"]}
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])
+
+
+def decomposition(target: nn.Module) -> L3D:
+    return L3D(target, "*", N_V, ranks=RANK, init="random", swap_every=0, k_start=1.0, seed=0)
 
 
 class Data(InMemoryData):
@@ -118,9 +132,13 @@ def worker(strategy: str, ranks: int, steps: int, out: str) -> None:
     """One rank (Lightning starts the others as this same command)."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    target = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])
+    target = perceptron()
     data, meter = Data(SAMPLES // ranks, seed=0), Meter(steps)
     data.setup()
+    if strategy.startswith("deepspeed"):
+        importlib.import_module("deepspeed")
+    linear = nn.Linear(8, 8)  # what torch sets up once
+    linear(torch.randn(4, 8)).sum().backward()
     before, started = bytes_held(), resident_peak()
     trainer = quiet_trainer(
         devices=ranks,
@@ -129,8 +147,7 @@ def worker(strategy: str, ranks: int, steps: int, out: str) -> None:
         limit_val_batches=0,
         callbacks=[meter],
     )
-    module = L3D(target, "*", N_V, ranks=RANK, init="random", swap_every=0, k_start=1.0, seed=0)
-    trainer.fit(module, data)
+    trainer.fit(decomposition(target), data)
     found = {
         "held": meter.found["held"] - before,
         "peak": resident_peak() - started,
@@ -148,7 +165,7 @@ def measure(strategy: str, ranks: int, steps: int) -> dict[str, float]:
         command = [sys.executable, __file__, "--worker", strategy, str(ranks), str(steps), str(out)]
         if os.geteuid() == 0 and shutil.which("unshare") and shutil.which("ip"):
             command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
         if not out.exists():
             raise SystemExit(f"{strategy} on {ranks} ranks failed, exit {done.returncode}:\n{done.stderr[-3000:]}")
@@ -168,20 +185,29 @@ def main() -> None:
         worker(strategy, int(ranks), int(steps), out)
         return
     table = Table(
-        "strategy", "ranks", "held, MiB", "formula", "peak, MiB", "sent, MiB a step", "formula", "CPU s a step"
+        "strategy",
+        "ranks",
+        "held, MiB",
+        "formula",
+        "peak, MiB",
+        "planned",
+        "sent, MiB a step",
+        "formula",
+        "CPU s a step",
     )
     cases = [(strategy, ranks) for strategy in known.strategies for ranks in known.ranks]
     known.output.mkdir(parents=True, exist_ok=True)
     with open(known.output / "scaling.jsonl", "w") as file:
         measured = []
         for strategy, ranks in track(cases, "measuring"):
-            measured.append((strategy, ranks, measure(strategy, ranks, known.steps), formulas(strategy, ranks)))
+            expected = formulas(strategy, ranks) | {"peak": planned(strategy, ranks)["peak"]}
+            measured.append((strategy, ranks, measure(strategy, ranks, known.steps), expected))
             print(
                 json.dumps(dict(zip(("strategy", "ranks", "found", "formula"), measured[-1], strict=True))), file=file
             )
             file.flush()
     for strategy, ranks, found, expected in measured:
-        mib = [found["held"], expected["held"], found["peak"], found["sent"], expected["sent"]]
+        mib = [pair[key] for key in ("held", "peak", "sent") for pair in (found, expected)]
         table.add_row(strategy, str(ranks), *(f"{value / 2**20:.1f}" for value in mib), f"{found['seconds']:.2f}")
     Console(width=130).print(table)
 

@@ -91,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if bad_input is None:
             raise
         print(f"l3d: error: {one_line(str(bad_input))}", file=sys.stderr, flush=True)
+        if file := os.environ.get("L3D_BAD_INPUT"):  # of several tasks' exit codes slurm/run.sh is told the highest
+            Path(file).touch()
         return 2
     return 0
 

@@ -317,8 +317,42 @@ class ParamsCLI(L3DCLI):
         print_params(self.model, batch, self.notes + notes)
 
 
-class PlanCLI(ParamsCLI):
-    """`l3d plan`: the same for a plan; everything is made on the meta device, and of a target the shapes alone."""
+class CheckCLI(ParamsCLI):
+    """What `l3d fit` would make of its arguments, target and V as shapes alone; wrong ones raise, nothing runs."""
+
+    def before_instantiate_classes(self) -> None:
+        from l3d_pl.plan.shapes import untrained_on_meta
+
+        config = self.config["fit"]
+        target, recipe = config.model.target, config.model.target_config
+        if missing_target(config.model) and recipe:
+            from l3d_pl.cli import find_config
+
+            target = yaml.safe_load(Path(find_config(recipe)).read_text())["model"]["model"]
+        config.model.target, config.model.target_weights = untrained_on_meta(target), None
+
+    def instantiate_classes(self) -> None:
+        """V is not made at all: who needs it asks for its shapes."""
+        token = START_LATER.set(True)
+        try:
+            super(L3DCLI, self).instantiate_classes()
+        finally:
+            START_LATER.reset(token)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:  # type: ignore[override]
+        """On this machine, which may have less than the one that the fit is for."""
+        here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1}
+        return super(ParamsCLI, self).instantiate_trainer(**here, **kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self.datamodule is None:
+            raise L3DError("data: found none; allowed is a LightningDataModule such as datamodules.text.TextData")
+        with torch.device("meta"):
+            self.model._make_subnetworks()
+
+
+class PlanCLI(CheckCLI):
+    """`l3d plan`: the same arguments for a plan."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -332,25 +366,11 @@ class PlanCLI(ParamsCLI):
         parser.add_argument("--json", action="store_true", help="print one JSON object")
 
     def before_instantiate_classes(self) -> None:
-        from l3d_pl.plan.shapes import untrained_on_meta
         from l3d_pl.plan.strategies import World
 
         config = self.config["fit"]
         self.world = World(config.nodes, config.gpus, config.memory, config.trainer.accelerator != "cpu")
-        target, recipe = config.model.target, config.model.target_config
-        if missing_target(config.model) and recipe:
-            from l3d_pl.cli import find_config
-
-            target = yaml.safe_load(Path(find_config(recipe)).read_text())["model"]["model"]
-        config.model.target, config.model.target_weights = untrained_on_meta(target), None
-
-    def instantiate_classes(self) -> None:
-        """V is not made at all: `Planner` asks for its shapes."""
-        token = START_LATER.set(True)
-        try:
-            super(L3DCLI, self).instantiate_classes()
-        finally:
-            START_LATER.reset(token)
+        super().before_instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
         from l3d_pl.plan.report import run_plan

@@ -39,6 +39,12 @@ def git_diff() -> str | None:
     return _git("diff", "HEAD")
 
 
+def git_untracked() -> list[str] | None:
+    """Files of the checkout that git neither tracks nor ignores; None for an installed package."""
+    found = _git("ls-files", "--others", "--exclude-standard")
+    return None if found is None else found.splitlines()
+
+
 def _git(*command: str) -> str | None:
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():

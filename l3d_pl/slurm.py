@@ -5,7 +5,8 @@ Slurm's own part (signals, requeueing, array tasks) is in `slurm/*.sbatch`; this
 
     slurm/train.sbatch or sweep.sbatch, run.sh    what sbatch was given, exactly
     slurm/config.yaml, grid.txt                   the whole configuration
-    slurm/code.json, code.diff, packages.txt      versions, git commit; what differs from it; every installed package
+    slurm/code.json, code.diff, packages.txt      versions, git commit, names of untracked files; what differs from the
+                                                  commit; every installed package
     slurm/jobs                                    the ids of the jobs, oldest first
 """
 
@@ -15,6 +16,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -32,9 +34,10 @@ from rich.table import Table
 
 from l3d_pl.configs_path import slurm_scripts
 from l3d_pl.errors import L3DError, did_you_mean
-from l3d_pl.provenance import git_diff, provenance
+from l3d_pl.provenance import git_diff, git_untracked, provenance
 
 QUEUED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+PATIENCE = 120  # seconds that a command of Slurm may take
 
 
 # -- submit ------------------------------------------------------------------------------------------------------------
@@ -63,20 +66,21 @@ def submit(
         The job's id.
 
     Raises:
-        L3DError: a setting of the fit is wrong, `folder` holds a run that is queued or has finished, sbatch refuses.
+        L3DError: a setting of the fit is wrong, `folder` holds a run already, sbatch refuses.
     """
     folder = folder.resolve()
-    for run in runs_of(folder):
-        if run.finished or run.state in QUEUED:
-            state = "has finished (remove its file `finished` to go on with it)" if run.finished else f"is {run.state}"
-            raise L3DError(f"slurm submit: {run.folder} holds a run that {state}; allowed is another directory")
     lines = read_grid(grid) if grid is not None else []
+    places = [folder / str(task) for task in range(1, len(lines) + 1)] or [folder]
+    require_new(folder, places)
     config = resolved_config(fit_args)
+    if grid is None:
+        check(fit_args)
     for number, line in enumerate(lines, 1):
-        try:
-            resolved_config([*fit_args, *line])
-        except L3DError as error:
-            raise L3DError(f"{grid}, run {number}: {error}") from error
+        if line not in lines[: number - 1]:
+            try:
+                check([*fit_args, *line])
+            except L3DError as error:
+                raise L3DError(f"{grid}, run {number}: {error}") from error
 
     scripts, options = slurm_scripts(), list(sbatch_options)
     profiles = [path.stem for path in sorted(scripts.glob("*.options"))]
@@ -95,9 +99,37 @@ def submit(
     values = {"CONFIG": snapshot / "config.yaml", "RUN_DIR": folder, "SCRIPTS": snapshot, "L3D": l3d_command()}
     if grid is not None:
         values["GRID"] = snapshot / "grid.txt"
+    # Into the script, so that it is the same job from whatever shell it is submitted again.
+    values |= {name: os.environ[name] for name in ("GRACE", "RETRIES") if name in os.environ}
+    if "SETUP" in os.environ:
+        values["SETUP"] = Path(os.environ["SETUP"]).resolve()
     script = fill_in((scripts / name).read_text(), [*defaults, *joined_options(options)], values)
     (snapshot / name).write_text(script)
+    for place in places:
+        (place / "slurm" / "starts").unlink(missing_ok=True)  # those of an earlier job count no more
     return None if dry_run else start(snapshot / name)
+
+
+def require_new(folder: Path, places: Sequence[Path]) -> None:
+    """Raise where any of `places` holds a run: it would go on, with its own weights, under the new configuration."""
+    runs = {run.folder: run for run in runs_of(folder)}
+    for run in runs.values():
+        if run.state in QUEUED:
+            raise L3DError(f"slurm submit: {run.folder} holds a run that is {run.state}; allowed is another directory")
+    for place in (*places, *runs):
+        if (place / "finished").is_file():
+            raise L3DError(f"slurm submit: {place} holds a run that has finished; allowed is another directory")
+        if (place / "checkpoints").exists():
+            hint = f"l3d slurm resume {shlex.quote(str(place))}, or " if place in runs else ""
+            raise L3DError(f"slurm submit: {place} holds a run that has stopped; allowed: {hint}another directory")
+
+
+def check(fit_args: Sequence[str]) -> None:
+    """Raise where `l3d fit` would refuse these arguments at its start."""
+    from l3d_pl.cli import resolve_configs
+    from l3d_pl.lightning_cli import CheckCLI
+
+    CheckCLI(resolve_configs(fit_args))
 
 
 def resolved_config(fit_args: Sequence[str]) -> str:
@@ -130,7 +162,8 @@ def read_grid(path: Path) -> list[list[str]]:
 def write_snapshot(snapshot: Path, config: str, lines: Sequence[Sequence[str]]) -> None:
     """Configuration, versions and what differs from the commit."""
     (snapshot / "config.yaml").write_text(config)
-    (snapshot / "code.json").write_text(json.dumps(provenance(), indent=2) + "\n")
+    code = provenance() | {"untracked": git_untracked() or []}
+    (snapshot / "code.json").write_text(json.dumps(code, indent=2) + "\n")
     (snapshot / "code.diff").write_text(git_diff() or "")
     packages = sorted({f"{found.name}=={found.version}" for found in distributions() if found.name}, key=str.lower)
     (snapshot / "packages.txt").write_text("\n".join(packages) + "\n")
@@ -186,12 +219,16 @@ def slurm(*command: str) -> str:
     """What a command of Slurm prints.
 
     Raises:
-        L3DError: it is not there, or fails; its own first line is in the message.
+        L3DError: it is not there, fails, or does not answer; its own first line is in the message.
     """
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
     except FileNotFoundError as error:
         raise L3DError(f"slurm: there is no command {command[0]} on this machine") from error
+    except OSError as error:
+        raise L3DError(f"slurm: {command[0]} cannot be run ({error.strerror})") from error
+    except subprocess.TimeoutExpired as error:
+        raise L3DError(f"slurm: {shlex.join(command)}: no answer within {PATIENCE} s") from error
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[0]
         raise L3DError(f"slurm: {shlex.join(command)}: {reason}") from error
@@ -306,7 +343,7 @@ def collect(folder: Path) -> Path:
     """A table of the runs in a folder, `<folder>/sweep.csv`, and its plot, `sweep.png`; returns the table's path.
 
     A row per run: the settings in which the runs differ, whether it has finished, and the figures of its decomposition
-    and its score.
+    and its score. Of a line of the grid whose run has never started there is only its number.
 
     Raises:
         L3DError: there is no run.
@@ -325,6 +362,10 @@ def collect(folder: Path) -> Path:
             if row["finished"] and results.is_file():
                 row |= json.loads(results.read_text())["figures"]
         rows.append(row)
+    grid = folder / "slurm" / "grid.txt"
+    tasks = [str(task) for task in range(1, len(read_grid(grid)) + 1)] if grid.is_file() else []
+    rows += [{"run": task, "finished": False} for task in tasks if not (folder / task / "config.yaml").is_file()]
+    rows.sort(key=lambda row: _natural(Path(row["run"])))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with open(folder / "sweep.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns)

@@ -19,15 +19,20 @@ SHORT = ["--model.target_weights", "t.safetensors", "--trainer.max_epochs", "1",
 GRID = ["--config", "tms", "--n_v", "5", "2", "--k", "0.2", "--root", "runs", "--", *SHORT]
 
 
-@pytest.fixture
-def pareto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """benchmarks/pareto.py in a folder with a target."""
-    spec = importlib.util.spec_from_file_location("pareto", Path(__file__).parents[1] / "benchmarks" / "pareto.py")
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "pareto", module)  # where its dataclass is looked up
+    monkeypatch.setitem(sys.modules, name, module)  # where its dataclasses are looked up
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def pareto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/pareto.py in a folder with a target."""
+    module = load("pareto", monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pareto"])
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # put back afterwards, like the next
@@ -98,3 +103,23 @@ def test_pareto_draws_a_line_per_value_and_recipe(pareto: ModuleType) -> None:
     drawn = {(line.get_linestyle(), *line.get_xydata().round(6).ravel().tolist()) for line in axes.get_lines()}
     ten, twenty = (1.0, 0.8, 3.0, 0.6), (2.0, 0.7, 6.0, 0.5)
     assert drawn == {("-", *ten), ("--", *ten), ("-", *twenty), ("--", *twenty)}
+
+
+def test_plan_holds_and_sends_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formulas are those that docs/scaling.md sets beside what the loopback device has counted."""
+    scaling = load("scaling", monkeypatch)
+    for strategy in scaling.STRATEGIES:
+        for ranks in (1, 2, 4):
+            planned = scaling.planned(strategy, ranks)
+            for key, expected in scaling.formulas(strategy, ranks).items():
+                assert planned[key] == pytest.approx(expected, rel=1e-6), (strategy, ranks, key)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_stage_1"])
+def test_plan_of_two_ranks_has_the_peak_of_a_run(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if strategy.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    scaling = load("scaling", monkeypatch)
+    assert scaling.planned(strategy, 2)["peak"] == pytest.approx(scaling.measure(strategy, 2, 1)["peak"], rel=0.15)

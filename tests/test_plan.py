@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import math
+from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from l3d_pl import L3D, L3DError
 from l3d_pl.cli import main
 from l3d_pl.gradients import DenseGradient, GradientExtractor, OuterGradient
+from l3d_pl.lightning_cli import CheckCLI
 from l3d_pl.plan.costs import StepCosts, step_costs
-from l3d_pl.plan.report import complete, recommend
+from l3d_pl.plan.report import batches_of, complete, recommend, steps_of
 from l3d_pl.plan.shapes import Absent, PlannedPasses, Trace, sides_of
 from l3d_pl.plan.strategies import Plan, Planner, World, chunk_of
 from l3d_pl.sharded import decompose
@@ -122,11 +125,51 @@ def test_what_each_strategy_holds_and_sends() -> None:
     assert plans["deepspeed_stage_1"].memory["V"] == v + v // 6  # with the master copy
     assert plans["deepspeed_stage_3"].memory["V"] == 2 * v // 6
     assert plans["deepspeed_stage_3_offload"].memory["V"] == 0 < plans["deepspeed_stage_3_offload"].host
+    assert plans["deepspeed_stage_2"].sent == {"gradients": 5 * v // 6, "V": 5 * v // 6}
+    assert plans["deepspeed_stage_3"].sent["V"] == 2 * 5 * v // 6  # for the step, and for what follows it
     anchors = {plan.memory["anchors"] for plan in plans.values()}
     assert len(anchors) == 1
     fewer = model_on_meta(parameters="*.q_proj.weight", n_subnetworks=30, ranks=4, init_samples=100, swap_every=0)
     assert 0 < Planner(fewer, batch, World()).anchors[0] < anchors.pop() / 5
     assert Planner(model_on_meta(parameters="*.q_proj.weight", recipe="paper"), batch, World()).anchors == (0, 0)
+
+
+def test_accumulated_gradients_are_held_and_counted_once() -> None:
+    model = model_on_meta(parameters="*.q_proj.weight", n_subnetworks=30, ranks=4, recipe="paper")
+    batch = {"input_ids": torch.zeros(4, 8, dtype=torch.long)}
+    once, often = (
+        {plan.name: plan for plan in Planner(model, batch, World(gpus=2), batches).plans()} for batches in (1, 3)
+    )
+    for name, plan in often.items():
+        assert plan.flop == 3 * once[name].flop
+    v = once["ddp"].memory["V"]
+    for name, held in (("ddp", v), ("fsdp2 1 x 2", v // 2), ("deepspeed_stage_2", v // 2), ("deepspeed_stage_3", 0)):
+        assert often[name].peak - once[name].peak == held
+    assert often["ddp"].sent == once["ddp"].sent
+    assert often["fsdp2 1 x 2"].sent["V_out"] == 3 * once["fsdp2 1 x 2"].sent["V_out"]
+    assert often["deepspeed_stage_1"].sent == once["deepspeed_stage_1"].sent
+    assert often["deepspeed_stage_3"].sent == {"gradients": 3 * v // 2, "V": 4 * v // 2}
+
+
+@pytest.mark.parametrize(("sample", "backward"), [("token", 8), ("sequence", 1)])
+def test_layers_of_a_sharded_target_are_gathered_for_every_pass(sample: str, backward: int) -> None:
+    plans = {}
+    for sharded in (False, True):
+        with torch.device("meta"):
+            target = gpt_neo(vocabulary=50, width=64, layers=4, heads=2, context=16)
+            chosen = "transformer.h.1.attn.attention.*_proj.weight"
+            model = L3D(target, chosen, 30, ranks=4, sample=sample, divergence="kl", shard_target=sharded)
+        planner = Planner(model, {"input_ids": torch.zeros(4, 8, dtype=torch.long)}, World(gpus=2))
+        plans[sharded] = planner.plans()[0]
+    own = 4 * sum(tensor.numel() for tensor in model.extractor.parameters.values())
+    whole = plans[False].memory["target"]
+    spread = 4 * sum(parameter.numel() for parameter in target.parameters()) - own
+    layer = 4 * sum(parameter.numel() for parameter in target.transformer.h[0].parameters())
+    assert plans[True].memory["target"] == whole - spread // 2
+    assert plans[True].sent["target"] == (1 + backward) * spread // 2
+    outside = spread + own - 4 * layer
+    assert plans[True].memory["communication"] - plans[False].memory["communication"] == outside + 2 * layer
+    assert "target" not in plans[False].sent
 
 
 def plan_of(name: str, peak: float, flop: float, **others: Any) -> Plan:
@@ -193,12 +236,23 @@ def test_plan_of_a_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert ddp["fits"] is True
     values = 2 * 1000 * 256 + 3 * (4 * 256**2 + 3 * 256 * 512 + 2 * 256) + 256
     assert ddp["memory"]["target"] == pytest.approx(2 * values, rel=0.01)  # bfloat16
-    assert told["recommended"] in {plan["name"] for plan in told["strategies"]}
+    recommended = next(plan for plan in told["strategies"] if plan["name"] == told["recommended"])
+    assert told["arguments"] == recommended["arguments"]
+    words = ["--trainer.num_nodes", "2", "--trainer.devices", "2", "--trainer.strategy"]
+    assert ddp["arguments"] == [*words, "ddp"]
+    for plan in told["strategies"]:  # `l3d fit` takes them
+        if not plan["strategy"].startswith("deepspeed") or find_spec("deepspeed"):
+            CheckCLI([*args, *plan["arguments"]])
+
+    assert main(["plan", *args, "--json", "--trainer.accumulate_grad_batches", "3"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["samples_per_step"] == 3 * 4 * 8
 
     assert main(["plan", *args, "--memory", "0.001"]) == 0
     out = capsys.readouterr().out
     assert "recommended: none: nothing fits" in out
     assert "--flops-per-second" in out
+    assert "run it with" not in out
     assert list(Path().iterdir()) == [Path("llama")]  # nothing is written
 
 
@@ -206,9 +260,22 @@ def test_toy_with_a_rate(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", "tms", "--nodes", "1", "--gpus", "2", "--flops-per-second", "1"]) == 0
     out = capsys.readouterr().out
     assert "fsdp2 1 x 2" in out
-    assert "recommended: " in out
-    assert "steps;" in out
+    assert "recommended: auto: " in out or "recommended: ddp: " in out
+    assert "run it with: --trainer.num_nodes 1 --trainer.devices 2 --trainer.strategy ddp" in out
+    assert "1,600 steps;" in out  # of fresh rows: 200 to an epoch on any number of ranks
     assert list(Path().iterdir()) == []
+
+
+def test_steps_of_a_stream_and_of_accumulated_batches() -> None:
+    trainer = Namespace(max_steps=-1, max_epochs=3, limit_train_batches=None, accumulate_grad_batches=1)
+    stream = {"streaming": True, "steps_per_epoch": 10}
+    assert steps_of(trainer, batches_of(stream, None, 4, 8)) == 30
+    assert steps_of(trainer, batches_of({"points": 5, "steps_per_epoch": 10}, 100, 4, 2)) == 3 * 13
+    assert steps_of(trainer, batches_of({}, None, 4, 8)) is None
+    trainer.accumulate_grad_batches = 4
+    assert steps_of(trainer, 10) == 3 * 3  # the last one of an epoch is of fewer batches
+    trainer.limit_train_batches = 0.5
+    assert steps_of(trainer, 10) == 3 * 2
 
 
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,6 +286,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--memory", "0"], "memory: found 0.0, allowed are GB > 0"),
         (["--flops-per-second", "0"], "flops_per_second: found 0.0"),
         (["--node", "2"], "did you mean 'nodes'"),
+        (["--trainer.precision", "64-true"], "trainer.precision: found 64-true; allowed in a plan is 32-true"),
     ):
         capsys.readouterr()
         assert main(["plan", "--config", "tms", *args]) == 2, args

@@ -64,6 +64,12 @@ def test_sweep_has_a_task_for_each_line_and_keeps_its_quotes() -> None:
         ),
         (["run", "--grid", "grid", "--", *FIT], "--model.k 0.1\n--model.kk 0.1\n", "grid, run 2:"),
         (["run", "2", "--", *FIT], "", "found '2'; allowed are options of sbatch"),
+        (["run", "--", *FIT, "--model.k", "7"], "", "k: found 7.0"),
+        (["run", "--", *FIT, "--model.parameters", "[nothing]"], "", "pattern 'nothing' matches no parameter"),
+        (["run", "--", *FIT, "--model.ranks", "[1]"], "", "ranks of 'W_in'"),
+        (["run", "--", *FIT, "--checkpoint.keep", "0"], "", "keep: found 0"),
+        (["run", "--", *FIT, "--trainer.strategy", "ddpp"], "", "trainer: You selected an invalid strategy name"),
+        (["run", "--grid", "grid", "--", *FIT], "--model.k 0.1\n--model.k 7\n", "grid, run 2: k: found 7.0"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_queued(
@@ -77,13 +83,52 @@ def test_what_is_wrong_is_said_before_anything_is_queued(
     assert not Path("run/slurm/train.sbatch").exists()
 
 
-def test_finished_run_is_neither_overwritten_nor_resumed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_cluster_has_and_this_machine_has_not_is_no_mistake() -> None:
+    more = ["--trainer.accelerator", "gpu", "--trainer.devices", "8", "--trainer.strategy", "ddp"]
+    slurm.submit(Path("run"), [*FIT, *more], dry_run=True)
+    assert [path.name for path in Path().iterdir()] == ["run"]  # nothing else is written
+    assert [path.name for path in Path("run").iterdir()] == ["slurm"]
+
+
+def test_run_that_is_there_is_neither_overwritten_nor_gone_on_with(capsys: pytest.CaptureFixture[str]) -> None:
     slurm.submit(Path("run"), FIT, dry_run=True)
-    Path("run/finished").touch()
-    assert main(["slurm", "submit", "run", "--dry-run", "--", *FIT]) == 2
-    assert "holds a run that has finished" in capsys.readouterr().err
+    before = Path("run/slurm/config.yaml").read_text()
+    for file, message in (("checkpoints", "has stopped; allowed: l3d slurm resume"), ("finished", "has finished")):
+        Path("run", file).mkdir()
+        if file == "finished":
+            Path("run/finished").rmdir()
+            Path("run/finished").touch()
+        assert main(["slurm", "submit", "run", "--dry-run", "--", *FIT, "--model.k", "0.3"]) == 2
+        assert message in capsys.readouterr().err
+        assert Path("run/slurm/config.yaml").read_text() == before
     assert main(["slurm", "resume", "run"]) == 0
     assert capsys.readouterr().out == "nothing to resume\n"
+
+    Path("by hand/2/checkpoints").mkdir(parents=True)  # a task of the sweep would go on with it
+    Path("grid").write_text("--model.k 0.1\n--model.k 0.2\n")
+    assert main(["slurm", "submit", "by hand", "--grid", "grid", "--dry-run", "--", *FIT]) == 2
+    assert capsys.readouterr().err.endswith("by hand/2 holds a run that has stopped; allowed: another directory\n")
+
+
+def test_starts_of_an_earlier_job_do_not_count() -> None:
+    slurm.submit(Path("run"), FIT, dry_run=True)
+    Path("run/slurm/starts").write_text("start 0\n" * 5)
+    slurm.submit(Path("run"), FIT, dry_run=True)
+    assert not Path("run/slurm/starts").exists()
+
+
+def test_settings_of_the_shell_are_in_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SETUP": "modules.sh", "GRACE": "60", "RETRIES": "2"}.items():
+        monkeypatch.setenv(name, value)
+    slurm.submit(Path("run"), FIT, dry_run=True)
+    lines = [line.split("#")[0].strip() for line in Path("run/slurm/train.sbatch").read_text().splitlines()]
+    assert {f"SETUP={Path('modules.sh').resolve()}", "GRACE=60", "RETRIES=2"} <= set(lines)
+
+
+def test_snapshot_names_untracked_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "git_untracked", lambda: ["mine.py"])
+    slurm.submit(Path("run"), FIT, dry_run=True)
+    assert json.loads(Path("run/slurm/code.json").read_text())["untracked"] == ["mine.py"]
 
 
 def test_commands_that_are_missing_or_fail_are_one_line(
@@ -97,6 +142,13 @@ def test_commands_that_are_missing_or_fail_are_one_line(
     Path("bin/sbatch").chmod(0o755)
     assert main(["slurm", "submit", "run", "--", *FIT]) == 2
     assert capsys.readouterr().err.endswith("train.sbatch: sbatch: error: no such partition\n")
+    Path("bin/sbatch").write_text("#!/bin/sh\nexec /bin/sleep 9\n")
+    monkeypatch.setattr(slurm, "PATIENCE", 0.1)
+    assert main(["slurm", "submit", "run", "--", *FIT]) == 2
+    assert capsys.readouterr().err.endswith("train.sbatch: no answer within 0.1 s\n")
+    Path("bin/sbatch").write_text("no program")
+    assert main(["slurm", "submit", "run", "--", *FIT]) == 2
+    assert capsys.readouterr().err == "l3d: error: slurm: sbatch cannot be run (Exec format error)\n"
 
 
 def test_resume_submits_what_neither_finished_nor_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,11 +190,14 @@ def test_collect_tabulates_what_differs() -> None:
         (folder / "decomposition/config.json").write_text(json.dumps({"figures": {"val/loss": loss}}))
         (folder / "finished").touch()
     slurm.submit(Path("sweep"), FIT, dry_run=True)  # its snapshot is no run
+    Path("sweep/slurm/grid.txt").write_text("--model.k 0.1\n" * 3)  # 1 and 3 have never started
     Path("sweep/10/finished").unlink()  # what it has exported is not its result yet
     with open(slurm.collect(Path("sweep")), newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows == [
+        {"run": "1", "model.k": "", "finished": "False", "val/loss": ""},
         {"run": "2", "model.k": "0.1", "finished": "True", "val/loss": "0.5"},
+        {"run": "3", "model.k": "", "finished": "False", "val/loss": ""},
         {"run": "10", "model.k": "0.2", "finished": "False", "val/loss": ""},
     ]
     assert Path("sweep/sweep.png").stat().st_size > 0

@@ -28,7 +28,7 @@ HELP = {
     "V": "model.n_subnetworks, model.ranks, more GPUs",
     "gradients": "model.n_subnetworks, model.ranks, more GPUs",
     "optimizer": "model.n_subnetworks, model.ranks, more GPUs",
-    "target": "its dtype",
+    "target": "its dtype, model.shard_target",
     "anchors": "model.init_samples, model.swap_samples",
     "D and A": "the data's batch_size or length, model.tokens_per_sequence, a split with fewer ranks per group",
     "activations": "the data's batch_size, model.autocast",
@@ -87,16 +87,18 @@ def print_plans(
     """Two tables and the recommendation; or all of it as one JSON object."""
     best, why = recommend(plans)
     checkpoint, world = planner.checkpoint(), planner.world
+    samples = planner.extracted.n_samples * world.ranks * planner.batches
     if as_json:
-        strategies = [asdict(plan) | {"name": plan.name} for plan in plans]
+        strategies = [asdict(plan) | {"name": plan.name, "arguments": plan.arguments(world)} for plan in plans]
         result = {
             "ranks": world.ranks,
             "memory": None if world.memory is None else world.memory * GB,
-            "samples_per_step": planner.extracted.n_samples * world.ranks,
+            "samples_per_step": samples,
             "steps": steps,
             "checkpoint": checkpoint,
             "strategies": strategies,
             "recommended": None if best is None else best.name,
+            "arguments": None if best is None else best.arguments(world),
             "why": why,
             "notes": notes,
         }
@@ -131,10 +133,11 @@ def print_plans(
     spare = f"; {SPARE:.0%} of the memory is left free" if world.memory is not None else ""
     told_steps = "steps unknown" if steps is None else f"{steps:,} steps"
     lines = [
-        f"{world.nodes} x {world.gpus} GPUs, {planner.extracted.n_samples * world.ranks:,} samples a step, "
+        f"{world.nodes} x {world.gpus} GPUs, {samples:,} samples a step, "
         f"{told_steps}; a checkpoint is {_si(checkpoint)}B{spare}",
         *notes,
         f"recommended: {best.name}: {why}" if best is not None else f"recommended: none: {why}",
+        *([f"run it with: {' '.join(best.arguments(world))}"] if best is not None else []),
     ]
     for line in lines:
         Console(soft_wrap=True).print(Text(line))
@@ -155,20 +158,26 @@ def _si(number: float) -> str:
     return f"{_in(unit := _unit(number), number)} {unit[0]}"
 
 
-def steps_of(trainer: Any, rows: int | None, batch_size: int, ranks: int) -> int | None:
-    """Steps of a run: `max_steps`, or `max_epochs` of so many rows; None: not to be told without the data."""
+def steps_of(trainer: Any, batches: int | None) -> int | None:
+    """Steps of a run: `max_steps`, or `max_epochs` of so many batches; None: not to be told without the data."""
     limits = []
     if (trainer.max_steps or -1) > 0:
         limits.append(trainer.max_steps)
-    if rows is not None and (trainer.max_epochs or -1) > 0:
-        per_epoch: float = math.ceil(rows / (batch_size * ranks))
+    if batches is not None and (trainer.max_epochs or -1) > 0:
         some = trainer.limit_train_batches
         if isinstance(some, float) and some <= 1:
-            per_epoch = max(1, int(per_epoch * some))
+            batches = max(1, int(batches * some))
         elif some is not None:
-            per_epoch = min(per_epoch, some)
-        limits.append(int(trainer.max_epochs * per_epoch))
+            batches = min(batches, int(some))
+        limits.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
     return min(limits) if limits else None
+
+
+def batches_of(settings: Mapping[str, Any], rows: int | None, batch_size: int, ranks: int) -> int | None:
+    """Batches of a rank in an epoch: what a stream (of files, of fresh toy rows) calls one, or all rows."""
+    if settings.get("steps_per_epoch") and settings.get("points") is None:
+        return int(settings["steps_per_epoch"])
+    return None if rows is None else math.ceil(rows / (batch_size * ranks))
 
 
 def rows_of(settings: Mapping[str, Any], data: Any) -> int | None:
@@ -181,6 +190,11 @@ def rows_of(settings: Mapping[str, Any], data: Any) -> int | None:
 
 def run_plan(model: L3D, data: Any, config: Any, world: World) -> None:
     """`l3d plan` with a config that has been parsed, its model and its data."""
+    if config.trainer.precision not in (None, 32, "32", "32-true"):
+        raise L3DError(
+            f"trainer.precision: found {config.trainer.precision}; allowed in a plan is 32-true: V and the step are "
+            "counted in float32"
+        )
     settings = vars(config.data.init_args)
     batch = made_up_batch(settings, getattr(getattr(model.target, "config", None), "vocab_size", None))
     notes: list[str] = []
@@ -189,9 +203,10 @@ def run_plan(model: L3D, data: Any, config: Any, world: World) -> None:
         if batch is None:
             raise L3DError(f"data: a plan needs a batch, and there are {notes[0]}")
     world.rows = rows_of(settings, data)
-    planner = Planner(model, batch, world)
+    planner = Planner(model, batch, world, config.trainer.accumulate_grad_batches)
     plans = planner.plans()
-    steps = steps_of(config.trainer, world.rows, batch_size(inputs_of(batch)), world.ranks)
+    batches = batches_of(settings, world.rows, batch_size(inputs_of(batch)), world.ranks)
+    steps = steps_of(config.trainer, batches)
     if steps is None:
         notes.append("the number of steps is not told without the data: give --trainer.max_steps")
     if config.flops_per_second is None and config.step_seconds is None:

@@ -193,7 +193,15 @@ _BY_POSITION = re.compile(
 
 
 class PlannedPasses(TokenPasses):
-    """The backward passes of token samples, where the cut cannot be found by trying: it is told by the operations."""
+    """The backward passes of token samples, where the cut cannot be found by trying: it is told by the operations.
+
+    Args:
+        sharded: the target is, and gets no cut.
+    """
+
+    def __init__(self, sharded: bool = False):
+        super().__init__()
+        self.sharded = sharded
 
     def _search(self, capture: Capture, output: Tensor, cotangent: Tensor, position: int) -> None:
         """Local is what no operation that may mix positions stands above."""
@@ -211,6 +219,9 @@ class PlannedPasses(TokenPasses):
             is_below = is_below or _BY_POSITION.fullmatch(node.name()) is None
             ahead += [(parent, is_below) for parent, _ in node.next_functions if parent is not None]
         self.local = frozenset(i for i, edge in enumerate(capture.edges) if edge.node not in below)
+        self.cut = -1
+        if self.sharded:
+            return
         others = {edge.node for i, edge in enumerate(capture.edges) if i not in self.local}
         places = [i for i, edge in enumerate(capture.stream) if edge.node not in below] if others else []
         self.cut = next((i for i in places if _separates(capture.stream[i], top, others)), -1)
@@ -230,6 +241,7 @@ class Extracted:
         held: bytes that stay: D, A, outputs and references.
         captured: bytes of D and A.
         flop: of the passes.
+        backward: how many of them go back, at the most.
     """
 
     gradients: dict[str, SampleGradient]
@@ -238,10 +250,14 @@ class Extracted:
     held: int
     captured: int
     flop: int
+    backward: int
 
 
-def trace_extraction(model: L3D, batch: Any) -> Extracted:
+def trace_extraction(model: L3D, batch: Any, sharded: bool = False) -> Extracted:
     """Run the extraction of a batch's gradients on the meta device.
+
+    Args:
+        sharded: the target is spread over the ranks.
 
     Raises:
         L3DError: the target model needs values there, or cannot take this batch.
@@ -253,7 +269,7 @@ def trace_extraction(model: L3D, batch: Any) -> Extracted:
         copies = sum(p.numel() * half.itemsize for p in target.parameters() if p.dtype is not half and p.ndim > 1)
         target.to(half)
         batch = tree_map_only(Tensor, lambda t: t.to(half) if t.is_floating_point() else t, batch)
-    extractor._passes, precision, extractor.autocast = PlannedPasses(), extractor.autocast, None
+    extractor._passes, precision, extractor.autocast = PlannedPasses(sharded), extractor.autocast, None
     known = [*target.state_dict(keep_vars=True).values(), *target.buffers(), *tensors_of(batch)]
     try:
         with FusedAttention(), Trace(known) as trace, FlopCounterMode(display=False) as counter:
@@ -270,6 +286,8 @@ def trace_extraction(model: L3D, batch: Any) -> Extracted:
     sides = [side for gradient in extraction.gradients.values() for side in sides_of(gradient)]
     storages = {side.untyped_storage()._cdata: side.untyped_storage().nbytes() for side in sides}
     captured = sum(storages.values())
+    positions = extraction.samples.positions
+    backward = 1 if positions is None else positions.shape[1] + bool(extractor._passes.local)
     chosen = captured if extractor.sample == "token" else 0  # copies of those that count, where some positions do not
     return Extracted(
         extraction.gradients,
@@ -278,6 +296,7 @@ def trace_extraction(model: L3D, batch: Any) -> Extracted:
         trace.live,
         captured,
         counter.get_total_flops(),
+        backward,
     )
 
 

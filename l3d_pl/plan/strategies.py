@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from l3d_pl.parallel import ALONE
 from l3d_pl.plan.costs import StepCosts, step_costs
 from l3d_pl.plan.shapes import Absent, repeated, sides_of, trace_extraction
 from l3d_pl.subnetworks import Subnetworks
+from l3d_pl.targets.frozen import layers_of
 from l3d_pl.tucker import CHUNK
 
 FLOP_PER_BYTE = 1000  # a byte sent counts as so many FLOP, to compare strategies: 25 TFLOP/s beside 25 GB/s
@@ -57,6 +59,15 @@ class Plan:
     def name(self) -> str:
         return f"{self.strategy} {self.data} x {self.shards}" if self.strategy == "fsdp2" else self.strategy
 
+    def arguments(self, world: World) -> list[str]:
+        """Of `l3d fit`, for a run under it."""
+        words = ["--trainer.num_nodes", str(world.nodes), "--trainer.devices", str(world.gpus), "--trainer.strategy"]
+        if self.strategy != "fsdp2":
+            return [*words, self.strategy]
+        sizes = {"data_parallel_size": self.data, "tensor_parallel_size": self.shards}
+        words.append("l3d_pl.strategies.fsdp2.FSDP2Strategy")
+        return [*words, *(word for key, size in sizes.items() for word in (f"--trainer.strategy.{key}", str(size)))]
+
     @property
     def cost(self) -> float:
         """FLOP of a step, with what it sends."""
@@ -85,6 +96,62 @@ class World:
         return self.nodes * self.gpus
 
 
+def bytes_sent(
+    strategy: str,
+    v: float,
+    ranks: int,
+    shards: int = 1,
+    captured: float = 0,
+    codes: float = 0,
+    batches: int = 1,
+    nccl: bool = True,
+) -> dict[str, int]:
+    """Bytes that a rank sends per step, by what they are.
+
+    Args:
+        v: bytes of the rank's V_in and V_out.
+        shards: ranks that share out the subnetworks.
+        captured: bytes of D and A of its samples.
+        codes: bytes of the codes of its subnetworks, for all samples of its group.
+        batches: whose gradients accumulate to a step.
+        nccl: gradients can be reduced and scattered; gloo sums them up on all ranks.
+    """
+    around = (ranks - 1) / ranks  # what leaves a rank of a ring that gathers, or that sums up and scatters
+    sent: dict[str, float] = {}
+    if strategy == "ddp":
+        sent = {"gradients": 2 * around * v}
+    elif strategy == "fsdp2":
+        others, data = batches * (shards - 1), ranks // shards
+        sent = {"V_out": others * v / 2, "D and A": others * captured, "codes": others * codes}
+        if data > 1:
+            sent["gradients"] = 2 * (data - 1) / data * v
+    elif strategy.startswith("deepspeed"):
+        stage = int(strategy.split("_")[2])
+        sent["gradients"] = (1 if nccl else 2) * (1 if stage == 1 else batches) * around * v
+        sent["V"] = (batches + 1 if stage == 3 else 1) * around * v  # for each batch, and for what follows the step
+    return {what: int(number) for what, number in sent.items()}
+
+
+def target_bytes(model: L3D, ranks: int) -> tuple[int, int, int]:
+    """Bytes of the frozen model that a rank holds, of layers gathered at a time, and of all that a pass gathers.
+
+    Of a sharded one, two layers at a time, as one is gathered while another is used, beside what is in no layer.
+    """
+
+    def size(tensors: Iterable[torch.Tensor]) -> int:
+        return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+
+    target, chosen = model.target, {id(tensor) for tensor in model.extractor.parameters.values()}
+    whole = size([*target.parameters(), *target.buffers()])
+    if not model.shard_target or ranks == 1:
+        return whole, 0, 0
+    spread = [tensor for tensor in target.parameters() if id(tensor) not in chosen]
+    layers = [[t for t in layer.parameters() if id(t) not in chosen] for layer in layers_of(target)]
+    everything, in_layers = size(spread), size(t for layer in layers for t in layer)
+    largest = max(map(size, layers), default=0)
+    return whole - everything + everything // ranks, everything - in_layers + 2 * largest, everything
+
+
 class Planner:
     """All strategies for one model and batch.
 
@@ -92,18 +159,16 @@ class Planner:
         model: an L3D whose target is on the meta device.
         batch: of one rank.
         world: what there is to run on.
+        batches: whose gradients accumulate to a step.
     """
 
-    def __init__(self, model: L3D, batch: Any, world: World):
-        self.model, self.world = model, world
-        self.extracted = trace_extraction(model, batch)
+    def __init__(self, model: L3D, batch: Any, world: World, batches: int = 1):
+        self.model, self.world, self.batches = model, world, batches
+        self.target, self.gathered, self.spread = target_bytes(model, world.ranks)
+        self.extracted = trace_extraction(model, batch, sharded=self.spread > 0)
         with torch.device("meta"):
             self.subnetworks: Subnetworks = model._make_subnetworks()
         self.largest_parameter = max(parameter.numel() for parameter in self.subnetworks.parameters())
-        tensors = [*model.target.parameters(), *model.target.buffers()]
-        self.target = sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
-        chosen = sum(t.numel() * t.element_size() for t in model.extractor.parameters.values())
-        self.sharded_target = chosen + (self.target - chosen) // world.ranks
 
     def costs(self, shards: int) -> StepCosts:
         """The step of one of `shards` ranks that share their samples' gradients."""
@@ -163,45 +228,38 @@ class Planner:
 
     def plan(self, strategy: str, costs: StepCosts, shards: int, stage: int = 0, offload: bool = False) -> Plan:
         """One strategy, laid out as its own files say: step.py, sharded.py, strategies/."""
-        extracted, ranks = self.extracted, self.world.ranks
+        extracted, ranks, batches = self.extracted, self.world.ranks, self.batches
         v = 2 * costs.side  # V_in and V_out
-        parameters, optimizer, extra = v, 2 * v, 0
-        sent: dict[str, int] = {}
-        host = 0
-        around = (ranks - 1) / ranks  # what leaves a rank of a ring that gathers, or that sums up and scatters
+        parameters, optimizer, extra, host = v, 2 * v, 0, 0
+        accumulated = v if batches > 1 else 0  # gradients of the batches before
         if strategy == "ddp":
             extra = v  # the buckets that gradients are sent from
-            sent["gradients"] = int(2 * around * v)
-        elif strategy == "fsdp2":
-            data = ranks // shards
-            sent["V_out"] = (shards - 1) * costs.side
-            sent["D and A"] = (shards - 1) * extracted.captured
-            sent["codes"] = (
-                (shards - 1) * 4 * shards * extracted.n_samples * -(-self.subnetworks.n_subnetworks // shards)
-            )
-            if data > 1:
-                sent["gradients"] = int(2 * (data - 1) / data * v)
         elif stage:
-            optimizer = 2 * v // ranks
-            parameters = v + v // ranks if stage < 3 else 2 * v // ranks  # with the master copy
+            own = v // ranks
+            optimizer = 2 * own + (own if stage == 3 else 0)  # with the gradient of its master copy
+            parameters = v + own if stage < 3 else 2 * own  # with the master copy
             extra = (v if stage == 3 else 0) + 2 * 4 * min(DEEPSPEED_BUCKET, self.largest_parameter)
-            sent["gradients"], sent["V"] = int(around * v), int(around * v)
+            accumulated = {1: accumulated, 2: accumulated // ranks, 3: 0}[stage]
             if offload:
-                own = v // ranks
                 host = self.world.gpus * (own + 2 * own + own + (own if stage == 3 else 0))
-                parameters, optimizer = (v if stage < 3 else 0), 0
+                parameters, optimizer, accumulated = (v if stage < 3 else 0), 0, 0
+        codes = 4 * shards * extracted.n_samples * -(-self.subnetworks.n_subnetworks // shards)
+        nccl = self.world.cuda
+        sent = bytes_sent(strategy, v, ranks, shards, extracted.captured, codes, batches, nccl)
+        if self.spread:
+            sent["target"] = int(batches * (1 + extracted.backward) * (ranks - 1) / ranks * self.spread)
         anchors, collecting = self.anchors
-        target = self.sharded_target if getattr(self.model, "shard_target", False) else self.target
-        always = parameters + target + anchors + extra
-        trained = always + optimizer
+        passes = extracted.peak + self.gathered
+        always = parameters + self.target + anchors + extra
+        trained = always + optimizer + accumulated
         d_and_a = shards * extracted.captured
         rest = extracted.held - extracted.captured  # outputs and references
         # While they are shared there are this rank's, and the whole put together.
         sharing = (shards + 1) * extracted.captured + rest if shards > 1 else 0
         contracting = d_and_a + rest + costs.block
         phases = {
-            "the start": parameters + target + collecting,
-            "the target's passes": trained + extracted.peak,
+            "the start": parameters + extra + self.target + (collecting + passes if collecting else 0),
+            "the target's passes": trained + passes,
             "sharing D and A": trained + sharing,
             "the step": trained + contracting + costs.peak,
             "logging": trained + contracting + costs.logging,
@@ -209,18 +267,17 @@ class Planner:
         when = max(phases, key=phases.__getitem__)
         memory = {
             "V": parameters,
-            "gradients": v,
+            "gradients": v + accumulated,
             "optimizer": optimizer,
-            "target": target,
+            "target": self.target,
             "anchors": anchors,
             "D and A": d_and_a,
             "activations": extracted.peak - extracted.captured,
             "intermediates": max(costs.peak - v - costs.passing, 0) + contracting - d_and_a,
-            "communication": extra + costs.passing + max(0, sharing - d_and_a),
+            "communication": extra + costs.passing + max(0, sharing - d_and_a) + self.gathered,
         }
-        return Plan(
-            strategy, ranks // shards, shards, memory, phases[when], when, host, extracted.flop + costs.flop, sent
-        )
+        flop = batches * (extracted.flop + costs.flop)
+        return Plan(strategy, ranks // shards, shards, memory, phases[when], when, host, flop, sent)
 
     def checkpoint(self) -> int:
         """Bytes of a checkpoint: V and AdamW's two moments, never the target."""

@@ -79,9 +79,13 @@ def shard(model: nn.Module, keep: Iterable[Tensor], device_type: str) -> None:
     """
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     ignored: Any = {id(tensor): tensor for tensor in keep}.values()
-    layers = [layer for part in model.modules() if isinstance(part, nn.ModuleList) for layer in part]
-    for module in (*layers, model):
+    for module in (*layers_of(model), model):
         fully_shard(module, mesh=mesh, ignored_params=set(ignored))
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """What `shard` gathers by itself."""
+    return [layer for part in model.modules() if isinstance(part, nn.ModuleList) for layer in part]
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]] | nn.Module) -> str:

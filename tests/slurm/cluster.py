@@ -123,6 +123,13 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         for name in (*self.nodes, "slurmctld", "munged"):
             self._end(name)
+        try:
+            wait_for("the end of all that was started", lambda: not self.programs(), 10)
+        except TimeoutError as error:
+            left = self.programs()
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"left running: {left}") from error
 
     def _start(self, name: str, command: Sequence[str]) -> None:
         with open(self.folder / f"{name}.out", "ab") as output:
@@ -171,17 +178,21 @@ class Cluster:
         rows = self("squeue", "--noheader", "--array", "--states=all", "--format=%i %T").splitlines()
         return dict(row.split() for row in rows).get(job, "")
 
+    def programs(self, *variables: str) -> dict[int, str]:
+        """Processes of this cluster, and of whoever asks it, as {process id: command}; those with these variables."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+                command = (process / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+            except OSError:
+                continue
+            if {f"SLURM_CONF={self.folder}/slurm.conf", *variables} <= set(environment):
+                found[int(process.name)] = command
+        return found
+
 
 def ranks_of(cluster: Cluster, node: str) -> list[int]:
     """Process ids of the ranks on a node, as this machine counts them."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (process / "environ").read_bytes().split(b"\0")
-            command = (process / "cmdline").read_bytes()
-        except OSError:
-            continue
-        here = {f"SLURM_CONF={cluster.folder}/slurm.conf".encode(), f"SLURMD_NODENAME={node}".encode()}
-        if here <= set(environment) and b"/l3d\0fit" in command and not command.startswith(b"srun"):
-            found.append(int(process.name))
-    return found
+    here = cluster.programs(f"SLURMD_NODENAME={node}").items()
+    return [pid for pid, command in here if "/l3d fit" in command and not command.startswith("srun")]

@@ -80,7 +80,10 @@ def test_finished_run_ends_whatever_its_exit_code_and_is_not_started_again(job: 
 
 def test_bad_input_is_not_requeued(job: Job) -> None:
     assert job.run("exit 2")[0] == 2
+    assert job.run("touch $L3D_BAD_INPUT; exit 143")[0] == 2  # of one task, and the other was killed for it
     assert job.requeued == []
+    job.run("exit 143")
+    assert job.requeued == ["requeue 7"]
 
 
 def test_lost_rank_is_requeued_as_long_as_something_is_saved(job: Job) -> None:
@@ -134,6 +137,17 @@ def test_batch_that_does_not_end_is_given_up_before_the_time_limit(job: Job) -> 
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=20)
     assert "nothing saved in 1 s" in output
+    assert (process.returncode, job.requeued) == (0, ["requeue 7"])
+
+
+def test_ranks_are_given_up_while_there_is_time_to_requeue(job: Job) -> None:
+    """The signal comes 12 s before the limit, and GRACE is 150 s: two are left, and five are the least."""
+    job.programs["squeue"] = '[ "${@: -1}" != %e ] && echo RUNNING || date -d "12 seconds" "+%FT%T"'
+    process = job.start("trap '' USR1; touch $run/up; exec sleep 30")
+    wait_for(job.folder / "run/up")
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=20)
+    assert "nothing saved in 5 s" in output
     assert (process.returncode, job.requeued) == (0, ["requeue 7"])
 
 
