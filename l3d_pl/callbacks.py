@@ -16,8 +16,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
-from l3d_pl.checkpoints import NotSaved, make_older, newest_and_previous, together
+from l3d_pl.checkpoints import NotSaved, aside_of, make_older, newest_and_previous, remove, together
 from l3d_pl.errors import L3DError
+from l3d_pl.export import export_decomposition
 from l3d_pl.parallel import Ranks
 from l3d_pl.resumable import Resumable, random_states, set_random_states
 
@@ -227,18 +228,29 @@ def write_logs(trainer: L.Trainer) -> None:
 
 
 class ExportDecomposition(Callback):
-    """At the end of a fit, `<default_root_dir>/decomposition/`: what `Decomposition.from_pretrained` reads."""
+    """At the end of a fit, `<default_root_dir>/decomposition/`: what `Decomposition.from_pretrained` reads.
+
+    Where V is sharded no rank has room for all of it: it goes through a checkpoint without moments, which all ranks
+    write at once and the first one then reads piece by piece.
+    """
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         pl_module.ensure_validated()  # type: ignore[operator]
-        sharded = pl_module.device_mesh is not None
-        whole = pl_module.subnetworks.whole() if sharded else None  # type: ignore[operator,union-attr] # (with all ranks)
-        if trainer.is_global_zero:
-            figures = {"steps": trainer.global_step}
-            decomposition = pl_module.decomposition(figures=figures, subnetworks=whole)  # type: ignore[operator]
-            decomposition.save_pretrained(Path(trainer.default_root_dir, "decomposition"))
+        folder = Path(trainer.default_root_dir, "decomposition")
+        if pl_module.device_mesh is None:
+            if trainer.is_global_zero:
+                figures = {"steps": trainer.global_step}
+                pl_module.decomposition(figures=figures).save_pretrained(folder)  # type: ignore[operator]
+            return
+        aside = aside_of(folder)
+        trainer.save_checkpoint(aside, weights_only=True)
+        try:
+            together(Ranks.of_run(), lambda: export_decomposition(aside, folder) if trainer.is_global_zero else None)
+        finally:
+            if trainer.is_global_zero:
+                remove(aside)
 
 
 class Rows(ExperimentWriter):

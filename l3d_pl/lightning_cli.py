@@ -18,6 +18,7 @@ import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import DoublePrecision, MixedPrecision, Precision
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, instantiate_class
 
 from l3d_pl.callbacks import (
@@ -32,6 +33,8 @@ from l3d_pl.callbacks import (
 from l3d_pl.checkpoints import AtomicCheckpointIO
 from l3d_pl.errors import L3DError, did_you_mean
 from l3d_pl.lightning_module import L3D, START_LATER
+from l3d_pl.strategies import check_strategy
+from l3d_pl.strategies.fsdp2 import FSDP2Strategy
 
 
 class Parser(LightningArgumentParser):
@@ -228,8 +231,11 @@ class L3DCLI(LightningCLI):
         config = self.config_init[self.subcommand]["trainer"]
         if config["logger"] in (None, True):  # (validate and test print their figures, and leave the run's file alone)
             kwargs["logger"] = RunLogger(config["default_root_dir"]) if self.subcommand == "fit" else False
+        check_strategy(config["strategy"])
         plugins = config["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
+        if isinstance(config["strategy"], FSDP2Strategy) and (made := mixed_or_double(config["precision"])):
+            kwargs["precision"], plugins = None, [*plugins, made]
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO(), *slurm_plugins()]
         try:
             return super().instantiate_trainer(**kwargs)
@@ -271,6 +277,13 @@ class L3DCLI(LightningCLI):
             return
         kwargs = self._prepare_subcommand_kwargs(subcommand)
         self.fit(**kwargs)
+
+
+def mixed_or_double(precision: Any) -> Precision | None:
+    """The precision that Lightning refuses to a mesh given by its class, and not to the name of one."""
+    if str(precision) in ("64", "64-true"):
+        return DoublePrecision()
+    return MixedPrecision("16-mixed", "cuda") if str(precision) in ("16", "16-mixed") else None
 
 
 def slurm_plugins() -> list[SLURMEnvironment]:

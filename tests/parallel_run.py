@@ -80,7 +80,8 @@ if __name__ == "__main__":
     out, arguments = sys.argv[1], sys.argv[2:]
     values = [kind(value) for kind, value in zip((int, str, int, float, str), arguments, strict=False)]
     found = fit(*values)
-    joined = found.subnetworks.whole()
+    group = found.subnetworks.group
+    joined = {name: torch.cat(group.all_gather(local(t))) for name, t in found.subnetworks.named_parameters()}
     states = found.trainer.optimizers[0].state.values()
     moments = [value for state in states for value in state.values() if value.ndim]
     held = [local(tensor).numel() for tensor in (*found.subnetworks.parameters(), *moments)]
@@ -88,5 +89,5 @@ if __name__ == "__main__":
     if found.global_rank == 0:
         kept = {name: value for name, value in found.state_dict().items() if not name.startswith("subnetworks")}
         kept = {name: value for name, value in kept.items() if "metric" not in name}
-        kept |= {f"subnetworks.{name}": value.detach() for name, value in joined.state_dict().items()}
+        kept |= {f"subnetworks.{name}": value.detach() for name, value in joined.items()}
         torch.save({"state": kept, "mean_reference": found.mean_reference, "held": everyone}, out)

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from l3d_pl.errors import L3DError
 from l3d_pl.gradients.capture import Capture, Use, add_up
 from l3d_pl.gradients.sample_gradient import OuterGradient, SampleGradient, stack, wide
+from l3d_pl.parallel import ALONE, Ranks
 
 SAMPLES = ("item", "token", "sequence")
 MASKS = ("sample_mask", "attention_mask")  # entries of a batch that say which positions count, the first one found
@@ -83,7 +84,12 @@ class Samples:
 
 
 def choose_samples(
-    sample: str, batch: Any, outputs: Tensor, tokens_per_sequence: int | None, generator: torch.Generator | None
+    sample: str,
+    batch: Any,
+    outputs: Tensor,
+    tokens_per_sequence: int | None,
+    generator: torch.Generator | None,
+    ranks: Ranks = ALONE,
 ) -> Samples:
     """The samples of a batch.
 
@@ -91,6 +97,7 @@ def choose_samples(
 
     Args:
         tokens_per_sequence: so many positions of each sequence, drawn anew for each batch; None: all that count.
+        ranks: for whose sequences together the positions are drawn, each rank taking those of its own.
 
     Raises:
         L3DError: outputs without positions, a mask of another shape, no position that counts.
@@ -123,7 +130,8 @@ def choose_samples(
         keys = mask.to(torch.float32)
     else:
         t = tokens_per_sequence
-        keys = torch.rand(b, s, generator=generator).to(outputs.device)
+        own, all_sequences = ranks.place_of(b, outputs.device)
+        keys = torch.rand(all_sequences, s, generator=generator)[own].to(outputs.device)
         keys = keys if mask is None else keys.masked_fill(~mask, -1.0)
     # Positions that count come first; those chosen are put in order.
     positions = keys.argsort(dim=1, descending=True, stable=True)[:, :t].sort(1).values

@@ -32,7 +32,7 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
         tensor_parallel_size: shards; "auto": the devices of a node.
 
     Raises:
-        L3DError: sizes whose product is not the number of ranks.
+        L3DError: sizes whose product is not the number of ranks; precision 16-mixed.
     """
 
     def __init__(
@@ -42,6 +42,15 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
         **kwargs: Any,
     ):
         super().__init__(data_parallel_size, tensor_parallel_size, **kwargs)
+
+    def _configure_launcher(self) -> None:
+        """Lightning calls this when everything about the trainer is known, before other processes are started."""
+        if self.precision_plugin.precision == "16-mixed":  # its scaler would skip steps on one shard, and not on others
+            raise L3DError(
+                "precision: found 16-mixed; allowed under fsdp2 are 32-true, 64-true and bf16-mixed "
+                "(model.autocast: fp16 runs the frozen model in float16)"
+            )
+        super()._configure_launcher()
 
     def setup_environment(self) -> None:
         ranks = self.num_nodes * self.num_processes
