@@ -29,12 +29,17 @@ from l3d_pl.callbacks import (
     RunLogger,
     StopOnSignal,
     Stopped,
+    say,
 )
 from l3d_pl.checkpoints import AtomicCheckpointIO
+from l3d_pl.decomposition import WEIGHTS
 from l3d_pl.errors import L3DError, did_you_mean
 from l3d_pl.lightning_module import L3D, START_LATER
 from l3d_pl.strategies import check_strategy
 from l3d_pl.strategies.fsdp2 import FSDP2Strategy
+
+
+ATLAS_BYTES = 2**33  # a larger decomposition's atlas is drawn on demand only: all of V_out is read for it
 
 
 class Parser(LightningArgumentParser):
@@ -266,7 +271,11 @@ class L3DCLI(LightningCLI):
 
             # An earlier fit's score must not pass for this one's, which may not get one.
             Path(self.trainer.default_root_dir, "score.json").unlink(missing_ok=True)
-            write_report(Path(self.trainer.default_root_dir))
+            weights = Path(self.trainer.default_root_dir, "decomposition", WEIGHTS)
+            if (size := weights.stat().st_size if weights.is_file() else 0) <= ATLAS_BYTES:
+                write_report(Path(self.trainer.default_root_dir))
+            else:
+                say(f"no atlas is drawn of a decomposition of {size / 2**30:.1f} GiB; l3d atlas does so")
             finished.touch()  # after this, slurm/run.sh does not start the run again
             if not os.environ.get("L3D_QUIET_SUMMARY"):
                 print_summary(Path(self.trainer.default_root_dir), self.seconds, self.resumed_at)

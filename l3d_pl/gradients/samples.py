@@ -119,7 +119,8 @@ def choose_samples(
         mask = mask.bool().to(outputs.device)
         if not mask.any():
             raise L3DError("batch: its mask leaves no position to take as a sample")
-        mask = None if bool(mask.all()) else mask
+        # Also where they are others' sequences that are cut short: one of these may be the reference.
+        mask = mask if ranks.count(int(not mask.all()), mask.device) else None
     if sample == "sequence":
         return Samples(mask=mask)
     b, s = outputs.shape[:2]
