@@ -18,8 +18,8 @@ import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.precision import DoublePrecision, MixedPrecision, Precision
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, instantiate_class
+from lightning.pytorch.plugins.precision import DoublePrecision
 
 from l3d_pl.callbacks import (
     Checkpoints,
@@ -36,8 +36,7 @@ from l3d_pl.decomposition import WEIGHTS
 from l3d_pl.errors import L3DError, did_you_mean
 from l3d_pl.lightning_module import L3D, START_LATER
 from l3d_pl.strategies import check_strategy
-from l3d_pl.strategies.fsdp2 import FSDP2Strategy
-
+from l3d_pl.strategies.fsdp2 import FSDP2Strategy, check_precision
 
 ATLAS_BYTES = 2**33  # a larger decomposition's atlas is drawn on demand only: all of V_out is read for it
 
@@ -239,8 +238,10 @@ class L3DCLI(LightningCLI):
         check_strategy(config["strategy"])
         plugins = config["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
-        if isinstance(config["strategy"], FSDP2Strategy) and (made := mixed_or_double(config["precision"])):
-            kwargs["precision"], plugins = None, [*plugins, made]
+        if config["strategy"] == "fsdp2" or isinstance(config["strategy"], FSDP2Strategy):
+            check_precision(config["precision"])
+            if str(config["precision"]) in ("64", "64-true"):  # Lightning takes it by the strategy's name only
+                kwargs["precision"], plugins = None, [*plugins, DoublePrecision()]
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO(), *slurm_plugins()]
         try:
             return super().instantiate_trainer(**kwargs)
@@ -286,13 +287,6 @@ class L3DCLI(LightningCLI):
             return
         kwargs = self._prepare_subcommand_kwargs(subcommand)
         self.fit(**kwargs)
-
-
-def mixed_or_double(precision: Any) -> Precision | None:
-    """The precision that Lightning refuses to a mesh given by its class, and not to the name of one."""
-    if str(precision) in ("64", "64-true"):
-        return DoublePrecision()
-    return MixedPrecision("16-mixed", "cuda") if str(precision) in ("16", "16-mixed") else None
 
 
 def slurm_plugins() -> list[SLURMEnvironment]:

@@ -621,9 +621,7 @@ class L3D(L.LightningModule):
         """The restart with the lowest held-out loss (the first, before any validation)."""
         return 0 if bool(self.held_out_loss.isnan().any()) else int(self.held_out_loss.argmin())
 
-    def decomposition(
-        self, restart: int | None = None, figures: Mapping[str, Any] | None = None
-    ) -> Decomposition:
+    def decomposition(self, restart: int | None = None, figures: Mapping[str, Any] | None = None) -> Decomposition:
         """What this run has found: `restart`, by default the one with the lowest held-out loss.
 
         Of subnetworks that are sharded no process has all; `l3d_pl.export` makes it of a checkpoint.

@@ -86,7 +86,7 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path):
-        self._file = open(path, "rb", buffering=0)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (as long as this is there)
         length = int.from_bytes(self._file.read(8), "little")
         self._entries = json.loads(self._file.read(length))
         self._start = 8 + length

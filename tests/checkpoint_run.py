@@ -1,7 +1,8 @@
 """Fits of a small autoencoder in float64 that save a checkpoint and go on: `python checkpoint_run.py RANKS JOB ...`.
 
 A JOB is OUT,STRATEGY,SHARDS[,CHECKPOINT]: it starts anew or from CHECKPOINT, saves OUT.middle.ckpt at step `SAVED`
-and OUT.ckpt at its end. With STRATEGY+target the target, one of three layers then, is sharded too. The global batch, 16 samples, and the reference, its mean, are the same on any number of ranks.
+and OUT.ckpt at its end. With STRATEGY+target the target, one of three layers then, is sharded too. The global batch,
+16 samples, and the reference, its mean, are the same on any number of ranks.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
     python parallel_run.py OUT RANKS [STRATEGY [ACCUMULATE [CLIP [ACCELERATOR]]]] [KEY=VALUE ...]
 
-KEY is a setting of L3D, or `precision`. STRATEGY is `auto`, `ddp`, or `fsdp2` and its number of shards: `fsdp2:2`. ACCUMULATE batches make a step; CLIP is the
-largest norm of its gradient (0: any).
+KEY is a setting of L3D, or `precision`. STRATEGY is `auto`, `ddp`, or `fsdp2` and its number of shards: `fsdp2:2`.
+ACCUMULATE batches make a step; CLIP is the largest norm of its gradient (0: any).
 
 The global batch, 16 samples, is the same on any number of ranks, and so is the reference (the batch's mean). The last
 one of an epoch has 14: on four ranks 3, 4, 3 and 4.

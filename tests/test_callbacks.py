@@ -264,7 +264,9 @@ def test_a_resumed_run_saves_when_the_next_one_is_due(tmp_path: Path, monkeypatc
     """Started from the checkpoint of step 4 it ends before that of step 8: nothing new, and nothing lost."""
     saved: list[int] = []
     save = torch.save
-    monkeypatch.setattr(torch, "save", lambda content, file: (saved.append(content["global_step"]), save(content, file)))
+    monkeypatch.setattr(
+        torch, "save", lambda content, file: (saved.append(content["global_step"]), save(content, file))
+    )
     for stop, resume in ((5, False), (7, True), (6, True)):
         with pytest.raises(OSError, match="killed"):
             fit(tmp_path, 13, Raise(stop, error=True), resume=resume)

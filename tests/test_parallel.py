@@ -1,20 +1,30 @@
 """Invariant 2: ranks that share a batch make the same step as one process with all of it. Real gloo processes."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from oracles import LAYOUTS, assert_same, decomposition_problem
 from processes import on_ranks, run
+from safetensors.torch import load_file
+from test_deepspeed import _folder, tms  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 from zoo import VOCABULARY, language_model
 
 from l3d_pl import L3D, L3DError, auxiliary, sharded, step
 from l3d_pl.batch_topk import batch_topk, global_threshold, n_selected
+from l3d_pl.cli import main
 from l3d_pl.gradients import GradientExtractor
 from l3d_pl.parallel import ALONE, Ranks
 from l3d_pl.strategies import NAMES, SYNONYMS, check_strategy
@@ -343,3 +353,77 @@ def test_restarts_are_refused_where_subnetworks_are_sharded() -> None:
     ranks.size = 2
     with pytest.raises(L3DError, match="restarts: found 3; subnetworks that are sharded over ranks allow 1"):
         Subnetworks({"w": (4, 3)}, 4, restarts=3, group=ranks)
+
+
+BY_CLASS = "l3d_pl.strategies.fsdp2.FSDP2Strategy"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["fsdp"], "trainer.strategy: found 'fsdp', allowed are auto, ddp, fsdp2"),
+        (
+            ["lightning.pytorch.strategies.ModelParallelStrategy"],
+            "trainer.strategy: found ModelParallelStrategy, allowed",
+        ),
+        (["fsdp2", "--trainer.precision", "16-mixed"], "trainer.precision: found 16-mixed; allowed under fsdp2 are"),
+        (
+            [BY_CLASS, "--trainer.precision", "16"],
+            "trainer.precision: found 16; allowed under fsdp2 are 32-true, 64-true",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("_folder")
+def test_what_a_strategy_cannot_do_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    assert main(tms("--trainer.strategy", *arguments)) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"l3d: error: {sentence}")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.usefixtures("_folder")
+@pytest.mark.parametrize("strategy", ["fsdp2", BY_CLASS])
+def test_float64_on_a_mesh_of_either_spelling(strategy: str) -> None:
+    config = {"model": {"target": {"class_path": "zoo.tied_in_float64"}, "target_weights": None, "target_config": None}}
+    Path("double.yaml").write_text(yaml.safe_dump(config))
+    words = ["--config", "double.yaml", "--trainer.strategy", strategy, "--trainer.precision", "64-true"]
+    assert main([word for word in tms(*words) if word not in ("--model.target_weights", "t.safetensors")]) == 0
+    state = load_file("run/decomposition/model.safetensors")
+    assert {tensor.dtype for name, tensor in state.items() if name.startswith("v_")} == {torch.float64}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.usefixtures("_folder")
+@pytest.mark.timeout(600)
+def test_a_signal_to_the_first_process_stops_all(tmp_path: Path) -> None:
+    """SIGTERM to `l3d fit` on two ranks: both end after the same batch, and the run goes on from there."""
+    words = tms("--trainer.strategy", "ddp", "--trainer.devices", "2", "--checkpoint.every_n_train_steps", "5")
+    words[words.index("--trainer.max_epochs") + 1] = "20000"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "l3d_pl.cli", *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        until = time.monotonic() + 300
+        while not Path("run/checkpoints/last.ckpt").is_file():
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        process.terminate()
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0
+        assert "SIGTERM after step" in output
+        step = int(output.partition("after step ")[2].partition(":")[0])
+        assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == step
+        with pytest.raises(ProcessLookupError):  # nothing is left of either
+            os.killpg(process.pid, 0)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

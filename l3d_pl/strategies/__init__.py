@@ -41,8 +41,9 @@ def check_strategy(strategy: Any) -> None:
     if isinstance(strategy, str):
         found, allowed = repr(strategy), strategy in (*NAMES, *SYNONYMS)
     else:
-        found, allowed = type(strategy).__name__, isinstance(
-            strategy, (SingleDeviceStrategy, DDPStrategy, FSDP2Strategy, ZeroStrategy)
+        found, allowed = (
+            type(strategy).__name__,
+            isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FSDP2Strategy, ZeroStrategy)),
         )
         if isinstance(strategy, DDPStrategy) and strategy._start_method != "popen":
             found, allowed = f"{found} with start_method {strategy._start_method!r}", False

@@ -45,11 +45,7 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
 
     def _configure_launcher(self) -> None:
         """Lightning calls this when everything about the trainer is known, before other processes are started."""
-        if self.precision_plugin.precision == "16-mixed":  # its scaler would skip steps on one shard, and not on others
-            raise L3DError(
-                "precision: found 16-mixed; allowed under fsdp2 are 32-true, 64-true and bf16-mixed "
-                "(model.autocast: fp16 runs the frozen model in float16)"
-            )
+        check_precision(self.precision_plugin.precision)
         super()._configure_launcher()
 
     def setup_environment(self) -> None:
@@ -73,6 +69,15 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         load_optimizers(self.take_stored(), self.optimizers)
+
+
+def check_precision(precision: Any) -> None:
+    """Raise for 16-mixed: its scaler would leave out a step on one shard, and not on the others."""
+    if str(precision) in ("16", "16-mixed"):
+        raise L3DError(
+            f"trainer.precision: found {precision}; allowed under fsdp2 are 32-true, 64-true and bf16-mixed "
+            "(model.autocast: fp16 runs the frozen model in float16)"
+        )
 
 
 def register() -> None:
