@@ -355,7 +355,7 @@ def test_restarts_are_refused_where_subnetworks_are_sharded() -> None:
         Subnetworks({"w": (4, 3)}, 4, restarts=3, group=ranks)
 
 
-BY_CLASS = "l3d_pl.strategies.fsdp2.FSDP2Strategy"
+BY_CLASS = '{"class_path": "l3d_pl.strategies.fsdp2.FSDP2Strategy"}'
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ BY_CLASS = "l3d_pl.strategies.fsdp2.FSDP2Strategy"
     [
         (["fsdp"], "trainer.strategy: found 'fsdp', allowed are auto, ddp, fsdp2"),
         (
-            ["lightning.pytorch.strategies.ModelParallelStrategy"],
+            ['{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'],
             "trainer.strategy: found ModelParallelStrategy, allowed",
         ),
         (["fsdp2", "--trainer.precision", "16-mixed"], "trainer.precision: found 16-mixed; allowed under fsdp2 are"),
