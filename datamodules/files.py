@@ -284,11 +284,9 @@ class FileData(InMemoryData):
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
-    def _loader(
-        self, dataset: Dataset[Batch] | None, batch_size: int | None = None, place: tuple[int, int] | None = None
-    ) -> NumberedLoader:
+    def _loader(self, dataset: Dataset[Batch] | None, batch_size: int | None = None) -> NumberedLoader:
         """A loader of training rows if `batch_size` is given, else of all rows of `dataset` in their order."""
-        rank, world_size = place or self._place
+        rank, world_size = self._place
         if batch_size is not None and self.streaming:
             return self._stream_loader(batch_size, rank, world_size)
         training = batch_size is not None

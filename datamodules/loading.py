@@ -271,10 +271,8 @@ class InMemoryData(LightningDataModule):
         """This process and the number of processes."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _loader(
-        self, dataset: Dataset[Batch], batch_size: int | None = None, place: tuple[int, int] | None = None
-    ) -> StatefulDataLoader[Batch]:
-        rank, world_size = place or self._place
+    def _loader(self, dataset: Dataset[Batch], batch_size: int | None = None) -> StatefulDataLoader[Batch]:
+        rank, world_size = self._place
         training = batch_size is not None
         return exact_loader(
             dataset,
@@ -301,8 +299,8 @@ class InMemoryData(LightningDataModule):
         return loader
 
     def first_dataloader(self) -> StatefulDataLoader[Batch]:
-        """The training batches of all processes together, from the very first one; training is left alone."""
-        return self._loader(self.train, self.batch_size * self._place[1], place=(0, 1))
+        """This process's training batches from the very first one; training is left alone."""
+        return self._loader(self.train, self.batch_size)
 
     # Lightning keeps the loader's own state in its checkpoints as well, but hands it out only where it resumes in the
     # middle of an epoch.

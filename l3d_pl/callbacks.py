@@ -16,8 +16,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
-from l3d_pl.checkpoints import NotSaved, make_older, newest_and_previous
+from l3d_pl.checkpoints import NotSaved, aside_of, make_older, newest_and_previous, remove, together
 from l3d_pl.errors import L3DError
+from l3d_pl.export import export_decomposition
 from l3d_pl.parallel import Ranks
 from l3d_pl.resumable import Resumable, random_states, set_random_states
 
@@ -72,6 +73,12 @@ class Checkpoints(ModelCheckpoint):
         self.dirpath = os.path.join(trainer.default_root_dir, "checkpoints")
         super().setup(trainer, pl_module, stage)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        # What a resumed run starts from is saved: another one in its first step would count as progress to a batch
+        # script that gives up where there is none, and push an older one out.
+        self._last_global_step_saved = trainer.global_step
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         every, before = self._every_n_train_steps, max(self._last_global_step_saved, self._failed_at or 0)
         if trainer.global_step // every > before // every and can_resume_here(trainer):
@@ -101,8 +108,12 @@ class Checkpoints(ModelCheckpoint):
             NotSaved: it cannot be written; on all ranks, and the one before it is kept.
         """
         saved, error = self._last_global_step_saved, None
-        if trainer.is_global_zero:
-            make_older(Path(str(self.dirpath), "last.ckpt"), self.keep)
+        last = Path(str(self.dirpath), "last.ckpt")
+        try:
+            together(Ranks.of_run(), lambda: make_older(last, self.keep) if trainer.is_global_zero else None)
+        except L3DError as caught:
+            self._failed_at = trainer.global_step
+            raise NotSaved(f"checkpoint: {last} cannot be written ({caught}); the one before it is kept") from caught
         try:
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
         except NotSaved as caught:
@@ -217,18 +228,29 @@ def write_logs(trainer: L.Trainer) -> None:
 
 
 class ExportDecomposition(Callback):
-    """At the end of a fit, `<default_root_dir>/decomposition/`: what `Decomposition.from_pretrained` reads."""
+    """At the end of a fit, `<default_root_dir>/decomposition/`: what `Decomposition.from_pretrained` reads.
+
+    Where V is sharded no rank has room for all of it: it goes through a checkpoint without moments, which all ranks
+    write at once and the first one then reads piece by piece.
+    """
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         pl_module.ensure_validated()  # type: ignore[operator]
-        sharded = pl_module.device_mesh is not None
-        whole = pl_module.subnetworks.whole() if sharded else None  # type: ignore[operator,union-attr] # (with all ranks)
-        if trainer.is_global_zero:
-            figures = {"steps": trainer.global_step}
-            decomposition = pl_module.decomposition(figures=figures, subnetworks=whole)  # type: ignore[operator]
-            decomposition.save_pretrained(Path(trainer.default_root_dir, "decomposition"))
+        folder = Path(trainer.default_root_dir, "decomposition")
+        if pl_module.device_mesh is None:
+            if trainer.is_global_zero:
+                figures = {"steps": trainer.global_step}
+                pl_module.decomposition(figures=figures).save_pretrained(folder)  # type: ignore[operator]
+            return
+        aside = aside_of(folder)
+        trainer.save_checkpoint(aside, weights_only=True)
+        try:
+            together(Ranks.of_run(), lambda: export_decomposition(aside, folder) if trainer.is_global_zero else None)
+        finally:
+            if trainer.is_global_zero:
+                remove(aside)
 
 
 class Rows(ExperimentWriter):

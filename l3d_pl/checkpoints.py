@@ -31,14 +31,13 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from l3d_pl.errors import L3DError
 from l3d_pl.parallel import Ranks
-from l3d_pl.streamed import Entry, checksum, entry_of, pieces, write_safetensors
+from l3d_pl.streamed import Entry, SafetensorsFile, checksum, entry_of, pieces, write_safetensors
 
 FORMAT_VERSION = 1
 META, MANIFEST = "meta.ckpt", "manifest.json"
@@ -285,7 +284,8 @@ class Stored:
 
     def __init__(self, path: Path):
         self.path, self._read = path, 0
-        self._places: dict[str, list[tuple[int, Path]]] = {}  # {tensor: (its first row there, file)}
+        # {tensor: (its first row there, the row after its last one, file)}; the files stay open
+        self._places: dict[str, list[tuple[int, int, SafetensorsFile]]] = {}
         stored = self._load()
         with as_damage_of(path):
             if not isinstance(stored, dict):
@@ -293,6 +293,8 @@ class Stored:
             if path.is_dir():
                 for name in sorted(set(_manifest(path)) - {META}):
                     self._find(path / name)
+                for places in self._places.values():
+                    places.sort(key=lambda place: place[:2])
         self.content = replaced(stored, lambda name, tensor: tensor.to("meta") if is_large(name) else tensor.clone())
         self.tensors = {name: tensor for name, tensor in named_tensors(self.content) if is_large(name)}
         self._mapped = dict(named_tensors(stored))
@@ -301,10 +303,11 @@ class Stored:
         return _unpickle(self.path / META) if self.path.is_dir() else _unpickle(self.path, mmap=True)
 
     def _find(self, file: Path) -> None:
-        with safe_open(file, "pt") as shard:
-            offsets = json.loads((shard.metadata() or {})["DCP_SHARDING_INFO"])
-            for name in shard.keys():  # noqa: SIM118 (no mapping)
-                self._places.setdefault(name, []).append((int(offsets[name]["saved_offsets"][0]), file))
+        shard = SafetensorsFile(file)
+        offsets = json.loads(shard.metadata["DCP_SHARDING_INFO"])
+        for name, shape in shard.shapes.items():
+            first = int(offsets[name]["saved_offsets"][0])
+            self._places.setdefault(name, []).append((first, first + shape[0], shard))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor, on the CPU; a scalar whole."""
@@ -315,13 +318,10 @@ class Stored:
             return self._mapped[name][start:stop] if self._mapped[name].ndim else self._mapped[name]
         expected, parts, at = self._mapped[name], [], start
         with as_damage_of(self.path):
-            for first, file in sorted(self._places.get(name, [])):
-                with safe_open(file, "pt") as shard:
-                    part = shard.get_slice(name)
-                    last = first + part.get_shape()[0]
-                    if first <= at < min(stop, last):
-                        parts.append(part[at - first : min(stop, last) - first])
-                        at = min(stop, last)
+            for first, last, shard in self._places.get(name, []):
+                if first <= at < min(stop, last):
+                    parts.append(shard.rows(name, at - first, min(stop, last) - first))
+                    at = min(stop, last)
             found = torch.cat(parts) if parts else expected.new_empty(0, *expected.shape[1:], device="cpu")
             if found.shape != (stop - start, *expected.shape[1:]) or found.dtype != expected.dtype:
                 raise ValueError(f"rows {start} to {stop} of '{name}' are missing")

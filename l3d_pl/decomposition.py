@@ -360,7 +360,8 @@ class Decomposition(ModelHubMixin, library_name="l3d_pl", tags=["interpretabilit
         shapes = {name: tuple(entry["shape"]) for name, entry in config["parameters"].items()}
         ranks = {name: list(entry["ranks"]) for name, entry in config["parameters"].items()}
         n_dense = config.get("n_dense", 0)  # (earlier versions had none)
-        subnetworks = Subnetworks(shapes, config["n_subnetworks"], ranks, n_dense=n_dense)
+        with torch.device("meta"):  # the file's tensors take their place, which are read when they are used
+            subnetworks = Subnetworks(shapes, config["n_subnetworks"], ranks, n_dense=n_dense)
         state = subnetworks.state_dict()
         for name, value in state.items():
             stored = tensors.get(name.replace("/", "."))

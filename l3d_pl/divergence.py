@@ -117,11 +117,12 @@ def make_references(
     generator: torch.Generator | None = None,
     contrast: Tensor | None = None,
     ranks: Ranks = ALONE,
+    drawing: Ranks = ALONE,
 ) -> Tensor:
     """The reference output y_r of every sample, shaped like `outputs` [N, ...] and detached from any graph.
 
-    - `random`: the output of a random other sample, each of the N - 1 others equally likely, never itself (paper); with
-      several `ranks`, another sample of this rank's;
+    - `random`: the output of a random other sample, each of the N - 1 others equally likely, never itself (paper);
+      among the samples of all ranks that draw together (`drawing`, each from the same `generator`), else of this one;
     - `mean`: the mean output of the batch, of all ranks (of distributions: the mean distribution);
     - `uniform`: the uniform distribution; for regression a uniform draw from each output's range in the batch;
     - `contrastive`: the outputs of the dataset's own pairs, given as `contrast` [N, ...].
@@ -131,21 +132,24 @@ def make_references(
     """
     require_choice("reference", reference, REFERENCES)
     outputs, n = outputs.detach(), outputs.shape[0]
+    own, total = drawing.place_of(n, outputs.device)
     if reference == "random":
-        if n < 2:
+        if total < 2:
             raise L3DError(
                 "reference: 'random' pairs a sample with another of its batch, found a batch of 1; "
                 "allowed are batches of 2 or more"
             )
-        index = torch.randint(1, n, (n,), generator=generator).add_(torch.arange(n)).remainder_(n)
-        return outputs[index.to(outputs.device)]
+        index = torch.randint(1, total, (total,), generator=generator).add_(torch.arange(total)).remainder_(total)
+        return drawing.rows(outputs, index[own].to(outputs.device))
     if reference == "mean":
         means = divergence.to_mean(outputs)
         known = ~means.isnan()  # (positions of a sequence that do not count are not a number)
         mean = ranks.sum(means.nan_to_num(0).sum(0, keepdim=True)) / ranks.sum(known.sum(0, keepdim=True))
         return divergence.from_mean(mean).expand_as(outputs)
     if reference == "uniform":
-        return divergence.uniform(outputs, generator)
+        if drawing.size == 1 or isinstance(divergence, KL):  # (whose is no draw)
+            return divergence.uniform(outputs, generator)
+        return divergence.uniform(torch.cat(drawing.all_gather(outputs)), generator)[own]
     if contrast is None:
         raise L3DError(
             "reference: 'contrastive' needs batches with an entry 'contrast' "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from l3d_pl.checkpoints import AtomicCheckpointIO, Stored, as_damage_of, replaced, verify
+from l3d_pl.checkpoints import AtomicCheckpointIO, Stored, as_damage_of, newest_whole, replaced
 from l3d_pl.decomposition import CONFIG, WEIGHTS, Decomposition, _write
 from l3d_pl.divergence import DIVERGENCES, Divergence
 from l3d_pl.errors import L3DError
@@ -36,7 +36,7 @@ def export_decomposition(source: Path, folder: Path) -> Path:
     stored = _open(source)
     if folder.exists() and not folder.is_dir():
         raise L3DError(f"export: {folder} is a file; allowed is a directory")
-    with as_damage_of(source):
+    with as_damage_of(stored.path):
         decomposition, first = outline(stored)
     n_v, mean_reference = decomposition.n_subnetworks, stored.content["l3d"]["mean_reference"]
 
@@ -142,8 +142,8 @@ def export_checkpoint(source: Path, file: Path) -> Path:
 
 
 def _open(source: Path) -> Stored:
-    verify(source, ALONE)
-    return Stored(source)
+    """The checkpoint, or the one before it where it is damaged (and named in a warning)."""
+    return Stored(newest_whole(source, ALONE))
 
 
 def _writing(place: Path, write: Callable[[], Any]) -> None:

@@ -19,6 +19,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, instantiate_class
+from lightning.pytorch.plugins.precision import DoublePrecision
 
 from l3d_pl.callbacks import (
     Checkpoints,
@@ -28,10 +29,16 @@ from l3d_pl.callbacks import (
     RunLogger,
     StopOnSignal,
     Stopped,
+    say,
 )
 from l3d_pl.checkpoints import AtomicCheckpointIO
+from l3d_pl.decomposition import WEIGHTS
 from l3d_pl.errors import L3DError, did_you_mean
 from l3d_pl.lightning_module import L3D, START_LATER
+from l3d_pl.strategies import check_strategy
+from l3d_pl.strategies.fsdp2 import FSDP2Strategy, check_precision
+
+ATLAS_BYTES = 2**33  # a larger decomposition's atlas is drawn on demand only: all of V_out is read for it
 
 
 class Parser(LightningArgumentParser):
@@ -228,8 +235,13 @@ class L3DCLI(LightningCLI):
         config = self.config_init[self.subcommand]["trainer"]
         if config["logger"] in (None, True):  # (validate and test print their figures, and leave the run's file alone)
             kwargs["logger"] = RunLogger(config["default_root_dir"]) if self.subcommand == "fit" else False
+        check_strategy(config["strategy"])
         plugins = config["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
+        if config["strategy"] == "fsdp2" or isinstance(config["strategy"], FSDP2Strategy):
+            check_precision(config["precision"])
+            if str(config["precision"]) in ("64", "64-true"):  # Lightning takes it by the strategy's name only
+                kwargs["precision"], plugins = None, [*plugins, DoublePrecision()]
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO(), *slurm_plugins()]
         try:
             return super().instantiate_trainer(**kwargs)
@@ -260,7 +272,11 @@ class L3DCLI(LightningCLI):
 
             # An earlier fit's score must not pass for this one's, which may not get one.
             Path(self.trainer.default_root_dir, "score.json").unlink(missing_ok=True)
-            write_report(Path(self.trainer.default_root_dir))
+            weights = Path(self.trainer.default_root_dir, "decomposition", WEIGHTS)
+            if (size := weights.stat().st_size if weights.is_file() else 0) <= ATLAS_BYTES:
+                write_report(Path(self.trainer.default_root_dir))
+            else:
+                say(f"no atlas is drawn of a decomposition of {size / 2**30:.1f} GiB; l3d atlas does so")
             finished.touch()  # after this, slurm/run.sh does not start the run again
             if not os.environ.get("L3D_QUIET_SUMMARY"):
                 print_summary(Path(self.trainer.default_root_dir), self.seconds, self.resumed_at)

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property, partial, wraps
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from l3d_pl.batch_topk import RunningThreshold, batch_topk, check_k
+from l3d_pl.checkpoints import together
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.divergence import REFERENCES, Divergence
 from l3d_pl.errors import L3DError, require_choice
-from l3d_pl.gradients import Extraction, GradientExtractor, SampleGradient
+from l3d_pl.gradients import GradientExtractor, SampleGradient
 from l3d_pl.gradients.forward import inputs_of, tensors_of
 from l3d_pl.initialisation import start_from_gradients
 from l3d_pl.metrics import Activity, Reconstruction
@@ -29,12 +30,13 @@ from l3d_pl.repair import Anchor, anchors_of, revive, scale_readers, swap
 from l3d_pl.resumable import drawn_by
 from l3d_pl.sharded import auxiliary_loss, decompose, loss_per_parameter, reconstruct, share_gradients
 from l3d_pl.step import Step
-from l3d_pl.strategies import register, writable_parameters, zero_optimizer_state
+from l3d_pl.strategies import check_strategy, register, writable_parameters, zero_optimizer_state
 from l3d_pl.subnetworks import Prepared, Subnetworks
 from l3d_pl.targets.frozen import fingerprint, freeze, select_parameters, shard
 from l3d_pl.targets.training import load_target
 from l3d_pl.tucker import local
 
+T = TypeVar("T")
 TuckerRanks = int | float | list[int | float] | dict[str, int | float | list[int | float]]
 
 register()
@@ -62,6 +64,17 @@ class Progress:
     clock: tuple[int, float] = (0, 0.0)  # step and time of the last logged throughput
 
 
+def in_own_precision(step: Callable[[L3D, Any, int], T]) -> Callable[[L3D, Any, int], T]:
+    """A step outside of Lightning's autocast: of what is computed in it, half precision is the target's pass alone."""
+
+    @wraps(step)
+    def run(module: L3D, batch: Any, batch_idx: int) -> T:
+        with torch.autocast(module.device.type, enabled=False):
+            return step(module, batch, batch_idx)
+
+    return run
+
+
 class L3D(L.LightningModule):
     """Local loss landscape decomposition of a frozen target model (Chrisman, Bushnaq, Sharkey, arXiv 2504.00194).
 
@@ -78,7 +91,9 @@ class L3D(L.LightningModule):
         reference: `random`, `mean`, `uniform`, `contrastive`.
         sample: what a sample is: `item`, `token` (a position, by its own divergence), `sequence` (their sum).
         tokens_per_sequence: of token samples, so many positions of each sequence, drawn anew; None: all that count.
-        autocast: run the frozen model in `bf16` or `fp16` (V_in and V_out stay float32); None: in its own precision.
+        autocast: run the frozen model in `bf16` or `fp16` (V_in and V_out stay float32); None: in its own precision, or
+            as `trainer.precision` bf16-mixed and 16-mixed have it.
+        shard_target: spread what is not decomposed of the target over all ranks (FSDP2), under any strategy.
         memory_budget: GiB that the intermediate results of a step may take together; larger ones are made in pieces.
         recipe: `l3d_pl` or `paper`; sets `init`, `k_start`, `lr_schedule`, `swap_every` where they are not given.
         init: `gradients` (K-lines over `init_samples` sample gradients) or `random`.
@@ -171,9 +186,9 @@ class L3D(L.LightningModule):
         self.aux_coefficient, self.revive_every = aux_coefficient, revive_every
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
 
+        target = freeze(target)
         if target_weights is not None:
             load_target(target_weights, target)
-        target = freeze(target)
         chosen = select_parameters(target, parameters)
         object.__setattr__(self, "target", target)  # past nn.Module's registry: W0 is in no checkpoint and no optimizer
         self.extractor = GradientExtractor(target, chosen, divergence, reference, sample, tokens_per_sequence, autocast)
@@ -201,10 +216,12 @@ class L3D(L.LightningModule):
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
+    @in_own_precision
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """One step of the method (paper, "Training"): gradients of the frozen model, c = V_in g, batch top-k, loss."""
         extraction = self.extractor(batch, self._random["references"], ranks=self._ranks)
-        prepared = self._prepare(extraction, batch, batch_idx, count=True)
+        gradients = share_gradients(extraction.gradients, self.subnetworks.group)
+        prepared = self._prepare(gradients, batch, batch_idx, count=True)
         if prepared is None:
             return None
         step = decompose(self.subnetworks, prepared, self.current_k(), self._ranks)
@@ -258,10 +275,9 @@ class L3D(L.LightningModule):
         return self.silent_samples >= self.dead_after
 
     def _prepare(
-        self, extraction: Extraction, batch: Any, batch_idx: int, count: bool = False, alone: bool = False
+        self, gradients: Mapping[str, SampleGradient], batch: Any, batch_idx: int, count: bool = False
     ) -> Prepared | None:
         """The gradients laid out; where some are not finite, an error, or without those samples (to `count`)."""
-        gradients = extraction.gradients if alone else share_gradients(extraction.gradients, self.subnetworks.group)
         prepared = self.subnetworks.prepare(gradients)
         if math.isfinite(float(prepared.energy)):
             return prepared
@@ -298,7 +314,6 @@ class L3D(L.LightningModule):
     # -- starting, repairing ----------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        self.target.to(self.device)
         if self._compiler_ctx is not None:
             raise L3DError("model: found L3D in torch.compile; allowed is L3D itself, whose step is written by hand")
         if str(self.trainer.precision) not in ("32-true", "64-true", "16-mixed", "bf16-mixed"):
@@ -306,6 +321,9 @@ class L3D(L.LightningModule):
                 f"trainer.precision: found {self.trainer.precision}, allowed are 32-true, 64-true, 16-mixed and "
                 "bf16-mixed: V is learned in float32 at least (model.autocast runs the target in half precision)"
             )
+        check_strategy(self.trainer.strategy)
+        mixed = {"16-mixed": "fp16", "bf16-mixed": "bf16"}.get(str(self.trainer.precision))
+        self.extractor.autocast = self.extractor.autocast or mixed
         self._ranks = self._replicas = Ranks.of_run()
         mesh = self.device_mesh
         if mesh is not None:  # data x subnetworks: see `configure_model`
@@ -313,7 +331,9 @@ class L3D(L.LightningModule):
         self._random = {name: self._generator(name) for name in ("references", "repair")} | self._random
         if self.shard_target and self._ranks.size > 1 and not isinstance(self.target, FSDPModule):
             _ = self.target_class, self.target_fingerprint  # taken while the target is whole
+            # Before it is on the device, which may have no room for all of it: this moves it there layer by layer.
             shard(self.target, self.extractor.parameters.values(), self.device.type)
+        self.target.to(self.device)
 
     def configure_model(self) -> None:
         """V_in and V_out; sharded by subnetwork where the strategy has a mesh with an axis for it."""
@@ -342,10 +362,7 @@ class L3D(L.LightningModule):
             self.trainer.log_every_n_steps or 2**62,  # type: ignore[attr-defined]
             self._progress.samples,
         )
-        # One rank (of sharded subnetworks: one group) starts and repairs for all the others: it reads the first global
-        # batches, as a single process would.
-        starts = self._replicas.rank == 0 or isinstance(self.target, FSDPModule)  # (a sharded one all call together)
-        if starts and (self.init == "gradients" or self.swap_every or self.revive_every):
+        if self.init == "gradients" or self.swap_every or self.revive_every:
             self._anchors = self._collect_anchors()
         if self.trainer.global_step == 0 and self.init == "gradients":
             with writable_parameters(self.trainer.strategy):
@@ -375,11 +392,15 @@ class L3D(L.LightningModule):
         return int(steps)
 
     def _collect_anchors(self) -> list[Anchor]:
-        """Gradients of the first training samples, `init_samples` for each restart; the same after a resume."""
+        """Gradients of the first training samples, `init_samples` for each restart; the same after a resume.
+
+        The first global batches, of which each rank takes its share. One rank (of sharded subnetworks: one group) then
+        starts and repairs for all the others, and is the only one to keep them.
+        """
         # Our data modules have a loader of its own for this: a second `train_dataloader` would be taken for training.
         first_dataloader = getattr(getattr(self.trainer, "datamodule", None), "first_dataloader", None)
         loader = self.trainer.train_dataloader if first_dataloader is None else first_dataloader()
-        random, seen = self._generator("anchor references"), 0
+        random, seen, good, keeps = self._generator("anchor references"), 0, 0, self._replicas.rank == 0
         parts: list[dict[str, SampleGradient]] = []
         # Each restart gets its own samples to start from; what follows them is to judge swaps, and common to all.
         to_start = self.init_samples * self.subnetworks.restarts
@@ -387,26 +408,28 @@ class L3D(L.LightningModule):
         with drawn_by(self.seed, loader) as batches:
             for batch_idx, batch in enumerate(batches):
                 batch = self._placed(batch)
-                extraction = self.extractor(batch, random)
-                if not parts:
-                    self.extractor.check(batch, extraction)
-                if self._prepare(extraction, batch, batch_idx, alone=True) is not None:
-                    parts.append(extraction.gradients)
-                seen += extraction.n_samples
+                extraction = self.extractor(batch, random, ranks=self._ranks, joint=True)
+                if batch_idx == 0:
+                    together(self._ranks, partial(self.extractor.check, batch, extraction))
+                gradients = share_gradients(extraction.gradients, self._ranks)
+                n = next(iter(gradients.values())).n_samples
+                if (prepared := self._prepare(gradients, batch, batch_idx)) is not None:
+                    good += prepared.n_samples
+                    parts += [gradients] if keeps else []
+                seen += n
                 if seen >= wanted:
                     break
         if seen == 0:
             raise L3DError("data: the training set is empty")
-        if not parts:
+        if not good:
             raise L3DError(f"data: none of the first {seen} training samples has a finite gradient")
-        anchors = anchors_of(parts, self.subnetworks, self.init_samples, self.swap_samples)
-        found = anchors[0].prepared.n_samples
+        found = min(good, self.init_samples)
         if found < self.subnetworks.n_subnetworks and self.init == "gradients":
             raise L3DError(
                 f"init: 'gradients' needs at least n_subnetworks = {self.subnetworks.n_subnetworks} samples, found "
                 f"{found} (init_samples = {self.init_samples}, training samples {seen}); allowed then is 'random'"
             )
-        return anchors
+        return anchors_of(parts, self.subnetworks, self.init_samples, self.swap_samples) if keeps else []
 
     def _swap(self) -> None:
         random = self._random["repair"]
@@ -459,9 +482,10 @@ class L3D(L.LightningModule):
         if self.trainer.testing:
             self.target.to(self.device)
 
+    @in_own_precision
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         extraction = self.extractor(batch, self._random["validation"], ranks=self._ranks)
-        prepared = self._prepare(extraction, batch, batch_idx)
+        prepared = self._prepare(share_gradients(extraction.gradients, self.subnetworks.group), batch, batch_idx)
         if prepared is None:
             return
         with torch.no_grad():
@@ -598,20 +622,14 @@ class L3D(L.LightningModule):
         """The restart with the lowest held-out loss (the first, before any validation)."""
         return 0 if bool(self.held_out_loss.isnan().any()) else int(self.held_out_loss.argmin())
 
-    def decomposition(
-        self,
-        restart: int | None = None,
-        figures: Mapping[str, Any] | None = None,
-        subnetworks: Subnetworks | None = None,
-    ) -> Decomposition:
+    def decomposition(self, restart: int | None = None, figures: Mapping[str, Any] | None = None) -> Decomposition:
         """What this run has found: `restart`, by default the one with the lowest held-out loss.
 
-        Args:
-            subnetworks: all shards together (`Subnetworks.whole`), where they are sharded.
+        Of subnetworks that are sharded no process has all; `l3d_pl.export` makes it of a checkpoint.
         """
         best = self.best_restart if restart is None else restart
         found = Decomposition(
-            self.subnetworks.extract_restart(best) if subnetworks is None else subnetworks,
+            self.subnetworks.extract_restart(best),
             target=None if isinstance(self.target, FSDPModule) else self.target,
             divergence=self.extractor.divergence,
             reference=self.extractor.reference,

@@ -63,6 +63,30 @@ class Ranks:
         dist.all_gather(parts, tensor.contiguous(), group=self.group)
         return torch.stack(parts)[: self.rank].sum(0)
 
+    def place_of(self, n: int, device: torch.device) -> tuple[slice, int]:
+        """Where this rank's n things lie among those of all ranks, in their order, and how many these are."""
+        if self.size == 1:
+            return slice(0, n), n
+        number = torch.tensor(n, device=device)
+        first = int(self.before(number))
+        return slice(first, first + n), int(self.sum(number))
+
+    def rows(self, own: Tensor, index: Tensor) -> Tensor:
+        """Rows of all ranks' tensors below each other, each rank asking for those at its `index`; only these travel."""
+        if self.size == 1:
+            return own[index]
+        sizes = torch.cat(self.all_gather(torch.tensor([len(own)], device=own.device)))
+        ends = sizes.cumsum(0)
+        owner = torch.bucketize(index, ends, right=True)
+        order = owner.argsort(stable=True)
+        asks = torch.stack(self.all_gather(owner.bincount(minlength=self.size)))  # [who asks, whom]
+        mine, theirs = asks[self.rank].tolist(), asks[:, self.rank].tolist()
+        wanted, found = index.new_empty(sum(theirs)), own.new_empty(len(index), *own.shape[1:])
+        asked = (index - (ends - sizes)[owner])[order]
+        dist.all_to_all_single(wanted, asked, theirs, mine, group=self.group)
+        dist.all_to_all_single(found, own[wanted], mine, theirs, group=self.group)
+        return found[order.argsort()]
+
     def broadcast_(self, *tensors: Tensor) -> None:
         """Overwrite tensors by those of the first rank."""
         if self.size > 1:

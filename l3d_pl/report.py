@@ -145,7 +145,8 @@ def print_summary(run_dir: Path, seconds: float, resumed_at: int = 0) -> None:
     table.add_row(
         "time of the fit", f"{seconds:.1f} s{part} {steps} steps" + (f", {speed:,.0f} samples/s" if speed else "")
     )
-    table.add_row("atlas", str(run_dir / "atlas" / "index.html"))
+    if (page := run_dir / "atlas" / "index.html").is_file():
+        table.add_row("atlas", str(page))
     table.add_row("decomposition", str(run_dir / "decomposition"))
     console = Console(soft_wrap=True)
     console = console if console.is_terminal else Console(soft_wrap=True, width=160)

@@ -77,6 +77,37 @@ def _contents(header: bytes, entries: Iterable[Entry]) -> Iterator[bytes | memor
                 yield rows.flatten().view(torch.uint8).numpy().data
 
 
+class SafetensorsFile:
+    """A safetensors file that stays open, its tensors read by rows; nothing of it is mapped or kept in memory.
+
+    Attributes:
+        shapes: {name: shape} of its tensors.
+        metadata: the file's own.
+    """
+
+    def __init__(self, path: Path):
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (as long as this is there)
+        length = int.from_bytes(self._file.read(8), "little")
+        self._entries = json.loads(self._file.read(length))
+        self._start = 8 + length
+        self.metadata: dict[str, str] = self._entries.pop("__metadata__", {})
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor that has some."""
+        entry, shape = self._entries[name], self.shapes[name]
+        dtype = next(dtype for dtype, text in DTYPES.items() if text == entry["dtype"])
+        row = math.prod(shape[1:]) * dtype.itemsize
+        data = bytearray((stop - start) * row)
+        self._file.seek(self._start + entry["data_offsets"][0] + start * row)
+        view = memoryview(data)
+        while view and (n := self._file.readinto(view)):
+            view = view[n:]
+        if view:
+            raise ValueError(f"the file ends within '{name}'")
+        return torch.frombuffer(data, dtype=dtype).view(-1, *shape[1:])
+
+
 def checksum(path: Path) -> dict[str, int]:
     """Size and CRC-32 of a file."""
     size, crc = 0, 0

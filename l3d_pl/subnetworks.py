@@ -351,22 +351,6 @@ class Subnetworks(nn.Module):
         """Restart r among the stored subnetworks: all of them, where they are sharded."""
         return self.restart(r) if self.group.size == 1 else slice(0, self.v_out.n)
 
-    @torch.no_grad()
-    def whole(self) -> Subnetworks | None:
-        """All shards together, on the CPU of the group's first rank; None on the others. Every rank has to ask."""
-        first = self.group.rank == 0
-        joined = (
-            Subnetworks(self.shapes, self.n_subnetworks, self._given_ranks(), self.restarts, n_dense=self.n_dense)
-            if first
-            else None
-        )
-        places = list(joined.parameters()) if joined is not None else []
-        for index, tensor in enumerate(self.tensors()):
-            parts = self.group.all_gather(tensor)
-            if joined is not None:
-                places[index].data = torch.cat([part.cpu() for part in parts])
-        return joined
-
     def _given_ranks(self) -> dict[str, Rank]:
         return {name: list(ranks) or 1 for name, ranks in self.ranks.items()}
 

@@ -1,7 +1,8 @@
 """Fits of a small autoencoder in float64 that save a checkpoint and go on: `python checkpoint_run.py RANKS JOB ...`.
 
 A JOB is OUT,STRATEGY,SHARDS[,CHECKPOINT]: it starts anew or from CHECKPOINT, saves OUT.middle.ckpt at step `SAVED`
-and OUT.ckpt at its end. The global batch, 16 samples, and the reference, its mean, are the same on any number of ranks.
+and OUT.ckpt at its end. With STRATEGY+target the target, one of three layers then, is sharded too. The global batch,
+16 samples, and the reference, its mean, are the same on any number of ranks.
 """
 
 import sys
@@ -12,6 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision
 from parallel_run import Data
+from torch import nn
 
 from l3d_pl import L3D
 from l3d_pl.checkpoints import AtomicCheckpointIO
@@ -31,11 +33,26 @@ class SaveMidway(L.Callback):
             trainer.save_checkpoint(self.out)
 
 
+class Layers(nn.Module):
+    """Something of a target that is not decomposed, and so can be sharded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(10, 10) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x
+
+
 def fit(n_ranks: int, out: Path, strategy: str, shards: int, checkpoint: Path | None = None) -> L3D:
     torch.manual_seed(1)
-    target = Autoencoder(10, 5).double()
+    strategy, _, sharded = strategy.partition("+")
     module = L3D(
-        target,
+        (Layers() if sharded else Autoencoder(10, 5)).double(),
+        parameters="layers.1.*" if sharded else "*",
+        shard_target=bool(sharded),
         n_subnetworks=7,
         ranks=2,
         k=0.2,

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from datamodules.toy import ToyData
-from l3d_pl import L3D, L3DError, checkpoints
+from l3d_pl import L3D, L3DError, callbacks, checkpoints
 from l3d_pl.callbacks import (
     Checkpoints,
     ContinueLogs,
@@ -258,6 +258,36 @@ def test_one_checkpoint_is_written_over_and_over(tmp_path: Path, monkeypatch: py
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 10
     with pytest.raises(L3DError, match="every_n_train_steps: found 0; at least 1"):
         Checkpoints(0)
+
+
+def test_a_resumed_run_saves_when_the_next_one_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started from the checkpoint of step 4 it ends before that of step 8: nothing new, and nothing lost."""
+    saved: list[int] = []
+    save = torch.save
+    monkeypatch.setattr(
+        torch, "save", lambda content, file: (saved.append(content["global_step"]), save(content, file))
+    )
+    for stop, resume in ((5, False), (7, True), (6, True)):
+        with pytest.raises(OSError, match="killed"):
+            fit(tmp_path, 13, Raise(stop, error=True), resume=resume)
+    assert saved == [4]
+    fit(tmp_path, 13, resume=True)
+    assert saved == [4, 8, 12, 13]
+    fit(tmp_path, 13, resume=True)  # at its end
+    assert saved == [4, 8, 12, 13]
+
+
+def test_an_error_beside_the_checkpoint_is_told_like_one_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, keep: int) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "make_older", full)
+        fit(tmp_path, 4)
+    why = f"checkpoint: {tmp_path}/checkpoints/last.ckpt cannot be written (Read-only file system)"
+    assert capsys.readouterr().err.splitlines()[0].startswith(f"l3d: after step 4: {why}; the one before it is kept")
 
 
 # -- signals -----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor, zeros
 from l3d_pl import L3DError, checkpoints
 from l3d_pl.checkpoints import (
     AtomicCheckpointIO,
+    Stored,
     load_optimizers,
     load_sharded,
     make_older,
@@ -35,7 +36,7 @@ from l3d_pl.checkpoints import (
     save_sharded,
 )
 from l3d_pl.parallel import ALONE, Ranks
-from l3d_pl.streamed import checksum
+from l3d_pl.streamed import SafetensorsFile, checksum
 
 SHAPES = {"v_in": (3,), "v_out": (2, 2)}
 SIZES = (7, 5, 2)  # of 4 ranks, with 7 the last holds less, with 5 the last holds nothing, with 2 two hold nothing
@@ -452,6 +453,26 @@ def test_keeping_more_than_one(mesh: DeviceMesh, tmp_path: Path) -> None:
             assert io.load_checkpoint(last)["global_step"] == 6 - number
     shutil.rmtree(kept[1]) if kept[1].is_dir() else kept[1].unlink()  # a gap in the row
     assert newest_and_previous(last) == [kept[0], *kept[2:]]
+
+
+@pytest.mark.distributed
+def test_a_shard_is_opened_once(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    original = SafetensorsFile.__init__
+
+    def watched(self: SafetensorsFile, path: Path) -> None:
+        opened.append(path)
+        original(self, path)
+
+    monkeypatch.setattr(SafetensorsFile, "__init__", watched)
+    stored = Stored(two)
+    whole = dict(named_tensors(AtomicCheckpointIO().load_checkpoint(two)))
+    del opened[2:]
+    for name, tensor in stored.tensors.items():
+        for row in range(tensor.shape[0] if tensor.ndim else 1):
+            found = stored.rows(name, row, row + 1)
+            assert torch.equal(found, whole[name][row : row + 1] if tensor.ndim else whole[name])
+    assert [path.name for path in opened] == [FIRST, SECOND]
 
 
 def test_shards_say_where_their_rows_belong(two: Path) -> None:

@@ -262,6 +262,35 @@ def test_resumed_on_other_ranks_and_under_another_strategy_it_ends_at_the_same(t
             assert all(torch.equal(found[key], value) for key, value in sharded.items())
 
 
+@pytest.mark.distributed
+def test_a_sharded_target_is_decomposed_and_resumed_as_a_whole_one(tmp_path: Path) -> None:
+    fit_midway(1, tmp_path / "whole", "auto+target", 1)
+    jobs = [f"{tmp_path / name},{strategy}+target,2" for name, strategy in (("ddp", "ddp"), ("fsdp2", "fsdp2"))]
+    again = [f"{job.replace(',', ' again,', 1)},{job.partition(',')[0]}.middle.ckpt" for job in jobs]
+    processes.run([str(HERE / "checkpoint_run.py"), "2", *jobs, *again], seconds=240)
+
+    def result(name: str) -> dict[str, torch.Tensor]:
+        export_decomposition(tmp_path / f"{name}.ckpt", tmp_path / f"export {name}")
+        return load_file(tmp_path / f"export {name}/model.safetensors")
+
+    whole = result("whole")
+    for name in ("ddp", "fsdp2"):
+        found, resumed = result(name), result(f"{name} again")
+        for key, value in whole.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9, msg=f"{name}: {key}")
+            assert torch.equal(resumed[key], found[key])
+
+
+def test_of_a_damaged_checkpoint_the_one_before_is_exported(run: Path, tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+    for path in (last, Path(f"{last}.previous")):
+        path.write_bytes((run / "checkpoints/last.ckpt").read_bytes())
+    last.write_bytes(last.read_bytes()[:-200])
+    with pytest.warns(UserWarning, match=r"last.ckpt is damaged .*; going on from the one before it, .*previous"):
+        export_decomposition(last, tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
 def test_checkpoint_of_an_unfinished_run_is_exported(tmp_path: Path) -> None:
     """Before any validation: the first restart, no mean reference."""
     fit_midway(1, tmp_path / "run", "auto", 1)

@@ -14,9 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from datamodules.toy import ToyData
 from l3d_pl import L3D, Decomposition, L3DError, per_sample_gradients
-from l3d_pl.batch_topk import n_selected
+from l3d_pl.batch_topk import batch_topk, n_selected
 from l3d_pl.callbacks import ExportDecomposition, RunLogger
+from l3d_pl.gradients import GradientExtractor
 from l3d_pl.step import decompose
+from l3d_pl.subnetworks import Subnetworks
 from l3d_pl.targets.toy import MLP, TiedAutoencoder
 
 REPAIRS = {"swap_every": 2, "revive_every": 3, "dead_after": 32, "aux_coefficient": 1 / 32, "restarts": 2}
@@ -190,6 +192,32 @@ def test_other_precisions(tmp_path: Path, precision: str) -> None:
     module.ensure_validated()
     assert 0 < float(module.held_out_loss) < 1.5
     assert next(module.subnetworks.parameters()).dtype == (torch.float64 if precision == "64-true" else torch.float32)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_half_precision_is_the_targets_alone(tmp_path: Path, precision: str) -> None:
+    """L of the validation set is that of float32 arithmetic on these gradients; AuxK and the log as well."""
+    module, data = module_of(MLP(), ranks=2, reference="mean", aux_coefficient=0.1, dead_after=20), data_of()
+    seen: list[torch.dtype] = []
+    reconstruct = Subnetworks.reconstruct
+
+    def watched(self: Subnetworks, *args: Any, **kwargs: Any) -> Any:
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return reconstruct(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Subnetworks, "reconstruct", watched)
+        trainer = trainer_of(tmp_path, precision=precision, log_every_n_steps=1, max_epochs=1, max_steps=-1)
+        trainer.fit(module, data)
+        assert set(seen) == {torch.float32}
+    found = float(module.held_out_loss)
+    extractor = GradientExtractor(
+        module.target, module.extractor.parameters, reference="mean", autocast="bf16" if "bf16" in precision else None
+    )
+    prepared = module.subnetworks.prepare(extractor(data.validation.tensors["inputs"]).gradients)
+    c = module.subnetworks.coefficients(prepared)
+    mask, _ = batch_topk(c, 0.3)
+    assert found == pytest.approx(float(module.subnetworks.reconstruct(prepared, c * mask).loss.detach()), rel=1e-6)
 
 
 # -- schedules ---------------------------------------------------------------------------------------------------------
@@ -497,6 +525,29 @@ def test_a_compiled_target_is_decomposed_as_itself_and_a_compiled_l3d_refused(tm
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     with pytest.raises(L3DError, match="found L3D in torch"):
         trainer_of(tmp_path, max_steps=3).fit(torch.compile(module_of(**settings)), data_of())
+
+
+def test_compiled_parts_of_a_target_are_decomposed_as_themselves(tmp_path: Path) -> None:
+    def parts(target: nn.Sequential) -> nn.Sequential:
+        target[0] = torch.compile(target[0])
+        target[2].compile()
+        return target
+
+    def whole(target: nn.Sequential) -> nn.Sequential:
+        target.compile()
+        return target
+
+    found = []
+    for change in (lambda target: target, parts, whole):
+        torch.manual_seed(0)
+        target = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 5))
+        module = module_of(change(target), swap_every=0, reference="mean")
+        trainer_of(tmp_path, max_steps=2).fit(module, data_of())
+        assert list(module.subnetworks.shapes) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+        found.append([module.target_fingerprint, *(p.detach() for p in module.subnetworks.parameters())])
+    for other in found[1:]:
+        assert other[0] == found[0][0]
+        assert all(torch.equal(a, b) for a, b in zip(other[1:], found[0][1:], strict=True))
 
 
 def test_v_in_half_precision_is_refused(tmp_path: Path) -> None:

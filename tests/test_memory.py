@@ -1,15 +1,22 @@
 """On the factored path nothing of the size of samples x n_w or n_v x n_w exists, in a whole step."""
 
+import gc
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import on_ranks
+from torch import distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from l3d_pl import L3DError
+from l3d_pl import L3DError, sharded
 from l3d_pl.gradients import GradientExtractor
+from l3d_pl.parallel import Ranks
+from l3d_pl.sharded import share_gradients
 from l3d_pl.step import decompose
 from l3d_pl.subnetworks import Subnetworks
 from l3d_pl.targets.frozen import freeze, select_parameters
@@ -69,6 +76,81 @@ def test_no_tensor_grows_as_samples_or_subnetworks_times_weights(sample: str, po
         subnetworks.chunk,
     )
     assert largest.values <= allowed < min(samples, n_v) * n_w / 4
+
+
+class Sent:
+    """Counts the bytes that a rank of a group sends, by what the collectives say of themselves."""
+
+    def __init__(self, size: int, patch: pytest.MonkeyPatch):
+        self.bytes, self.size = 0.0, size
+        for name, its in (
+            ("all_gather_into_tensor", lambda whole, own, **_: (size - 1) * own.nbytes),
+            ("all_gather", lambda parts, own, **_: (size - 1) * own.nbytes),
+            ("all_reduce", lambda tensor, **_: 2 * (size - 1) / size * tensor.nbytes),
+            ("batch_isend_irecv", lambda ops: sum(op.tensor.nbytes for op in ops if op.op is dist.isend)),
+        ):
+            patch.setattr(dist, name, self._counted(getattr(dist, name), its))
+
+    def _counted(self, original: Callable[..., Any], sent: Callable[..., float]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.bytes += sent(*args, **kwargs)
+            return original(*args, **kwargs)
+
+        return call
+
+
+def bytes_held() -> int:
+    """Of all tensors that there are, their gradients included."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _a_sharded_step() -> None:
+    """Of S ranks each holds 1/S of V, gradients and moments, and sends what docs/scaling.md says."""
+    ranks = Ranks.of_run()
+    torch.manual_seed(0)
+    width, n_v, rank, samples = 160, 480, 2, 16
+    model = freeze(Mixer(width))
+    chosen = select_parameters(model, ["first.weight", "second.weight"])
+    extractor = GradientExtractor(model, chosen, "kl", "random", "item")
+    before = bytes_held()
+    shapes = {name: parameter.shape for name, parameter in chosen.items()}
+    subnetworks = Subnetworks(shapes, n_v, rank, memory_budget=2e-3, group=ranks)
+    subnetworks.is_dense = lambda name, gradient: False  # type: ignore[method-assign]
+    optimizer = torch.optim.AdamW(subnetworks.parameters())
+    batch = torch.randn(samples // ranks.size, 1, width, generator=torch.Generator().manual_seed(ranks.rank))
+
+    side = 2 * n_v * (2 * width * rank + rank**2)  # values of V_out
+    captured, codes = samples // ranks.size * 2 * 2 * width, samples * n_v // ranks.size
+    with pytest.MonkeyPatch.context() as patch:
+        for step in range(2):
+            sent = Sent(ranks.size, patch)
+            extraction = extractor(batch, torch.Generator().manual_seed(step))
+            with Largest() as largest:
+                prepared = subnetworks.prepare(share_gradients(extraction.gradients, ranks))
+                sharded.decompose(subnetworks, prepared, 0.1, ranks).loss.sum().backward()
+            if step == 1:
+                del extraction, prepared
+                held = bytes_held() - before
+            optimizer.step()
+            subnetworks.normalise_()
+            subnetworks.zero_grad()
+            patch.undo()
+    assert held == pytest.approx(4 * 4 * 2 * side / ranks.size, rel=0.1)
+    formula = (ranks.size - 1) / ranks.size * side + (ranks.size - 1) * (captured + codes)
+    assert sent.bytes == pytest.approx(4 * formula, rel=0.1)
+    if ranks.size > 1:
+        # Two shards at once, the own one and one that passes, are the most: never all of V_out, nor samples x n_w.
+        assert largest.values <= max(side // ranks.size, subnetworks.chunk, n_v * n_v // ranks.size * rank**2)
+        assert largest.values < min(side, samples * 2 * width**2)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_shard_is_all_that_a_rank_holds_and_its_formula_what_it_sends(size: int, tmp_path: Path) -> None:
+    on_ranks(size, tmp_path, _a_sharded_step)
 
 
 def test_the_memory_budget_decides_between_dense_and_factored() -> None:

@@ -1,20 +1,33 @@
 """Invariant 2: ranks that share a batch make the same step as one process with all of it. Real gloo processes."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from oracles import LAYOUTS, assert_same, decomposition_problem
 from processes import on_ranks, run
+from safetensors.torch import load_file
+from test_deepspeed import _folder, tms  # noqa: F401 (a fixture)
+from torch import Tensor, nn
 from zoo import VOCABULARY, language_model
 
-from l3d_pl import L3D, auxiliary, sharded, step
+from l3d_pl import L3D, L3DError, auxiliary, sharded, step
 from l3d_pl.batch_topk import batch_topk, global_threshold, n_selected
+from l3d_pl.cli import main
 from l3d_pl.gradients import GradientExtractor
 from l3d_pl.parallel import ALONE, Ranks
+from l3d_pl.strategies import NAMES, SYNONYMS, check_strategy
 from l3d_pl.subnetworks import Subnetworks
 from l3d_pl.targets.frozen import freeze, select_parameters, shard
 from l3d_pl.targets.toy import Autoencoder
@@ -101,6 +114,8 @@ def test_ranks_make_the_step_of_one_process(how: str, one_process: dict[str, Any
     largest = -(-7 // shards) / 7  # of seven subnetworks
     assert max(found["held"]) == round(one_process["held"][0] * largest)  # V and AdamW's moments
     assert sum(found["held"]) * shards == one_process["held"][0] * int(RUNS[how][0])
+    # A rank starts from the gradients of the global batch without ever seeing more of it than its own share.
+    assert found["batches"] == [one_process["batches"][0] // int(RUNS[how][0])] * int(RUNS[how][0])
 
 
 @pytest.mark.distributed
@@ -109,6 +124,17 @@ def test_accumulation_and_clipping_see_all_ranks(strategy: str, tmp_path: Path) 
     """Two batches make a step, and the norm that is clipped is that of the whole gradient."""
     expected = _run(tmp_path / "one.pt", "1", "auto", "2", "0.05")
     _assert_same_run(_run(tmp_path / "found.pt", "2", strategy, "2", "0.05"), expected)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2:2"])
+def test_mixed_precision_on_two_ranks(strategy: str, tmp_path: Path) -> None:
+    """The target's pass is in bf16, which rounds alike in any batch; all else is float32."""
+    settings = ["precision=bf16-mixed", "swap_every=0"]  # (a swap is taken or not: by a rounding error it may be)
+    expected = _run(tmp_path / "one.pt", "1", *settings)
+    found = _run(tmp_path / "found.pt", "2", strategy, *settings)
+    for name, value in expected["state"].items():
+        assert_same(found["state"][name].float(), value.float(), 1e-2)
 
 
 def _shards_equal_one_process(ranks: Ranks, layout: str, tokens: bool, n_dense: int = 0) -> None:
@@ -206,8 +232,50 @@ def _sharded_target_gives_the_same(ranks: Ranks, family: str, sample: str) -> No
             assert_same(found.gradients[name].dense(), gradient.dense())
 
 
+class Expert(nn.Module):
+    """A layer of layers, only some of which take part; and a parameter that is a number."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(width, width) for _ in range(3)])
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        some = self.experts[: 1 + int(x.sum() > 0)]  # (on one rank another number than on the other)
+        return x + self.scale * sum(expert(x).tanh() for expert in some)
+
+
+class Stages(nn.Module):
+    """Lists of lists of layers."""
+
+    def __init__(self, width: int = 6):
+        super().__init__()
+        self.stages = nn.ModuleList([nn.ModuleList([Expert(width), Expert(width)]), nn.Linear(width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.stages[0]:
+            x = layer(x)
+        return self.stages[1](x)
+
+
+def _lists_within_lists(ranks: Ranks) -> None:
+    model = freeze(Stages().double())
+    batch = torch.rand(4, 6, dtype=torch.float64) * (1 if ranks.rank else -1)
+    chosen = select_parameters(model, "stages.0.1.experts.0.weight")
+    expected = GradientExtractor(model, chosen, "mse", "mean")(batch).gradients
+    own, numbers = sum(tensor.numel() for tensor in chosen.values()), 2
+    total = sum(parameter.numel() for parameter in model.parameters())
+    shard(model, chosen.values(), "cpu")
+    kept = sum(local(parameter).numel() for parameter in model.parameters())
+    assert kept - own - numbers == (total - own - numbers) / ranks.size
+    for name, gradient in GradientExtractor(model, chosen, "mse", "mean")(batch).gradients.items():
+        assert_same(gradient.dense(), expected[name].dense())
+
+
 def _sharded_targets() -> None:
     ranks = Ranks.of_run()
+    torch.manual_seed(0)
+    _lists_within_lists(ranks)
     for family in ("GPTNeo", "Llama"):
         for sample in ("token", "sequence"):
             _sharded_target_gives_the_same(ranks, family, sample)
@@ -216,6 +284,31 @@ def _sharded_targets() -> None:
 @pytest.mark.distributed
 def test_a_sharded_target_gives_the_same_gradients(tmp_path: Path) -> None:
     on_ranks(2, tmp_path, _sharded_targets)
+
+
+def _joint_draws() -> None:
+    """Each rank with a part of a batch, one of them with a single sequence, draws what one process would."""
+    ranks = Ranks.of_run()
+    torch.manual_seed(0)
+    model = freeze(language_model("GPTNeo").double())
+    chosen = select_parameters(model, "*.0.*attn*weight")
+    ids = torch.randint(0, VOCABULARY, (5, 6))
+    mask = torch.ones(5, 6, dtype=torch.long)
+    mask[1, 4:] = mask[4, 3:] = 0
+    own = slice(0, 1) if ranks.rank == 0 else slice(1, 5)
+    for reference in ("random", "mean", "uniform"):
+        for divergence, sample, tokens in (("kl", "token", 3), ("mse", "token", None), ("mse", "sequence", None)):
+            extractor = GradientExtractor(model, chosen, divergence, reference, sample, tokens)
+            expected = extractor({"input_ids": ids, "attention_mask": mask}, torch.Generator().manual_seed(1))
+            part, random = {"input_ids": ids[own], "attention_mask": mask[own]}, torch.Generator().manual_seed(1)
+            found = sharded.share_gradients(extractor(part, random, ranks=ranks, joint=True).gradients, ranks)
+            for name, gradient in expected.gradients.items():
+                assert_same(found[name].dense(), gradient.dense())
+
+
+@pytest.mark.distributed
+def test_ranks_that_draw_together_draw_as_one_process(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, _joint_draws)
 
 
 def _random_streams() -> None:
@@ -234,3 +327,103 @@ def _random_streams() -> None:
 @pytest.mark.distributed
 def test_ranks_draw_references_of_their_own_and_start_from_the_same_v(tmp_path: Path) -> None:
     on_ranks(2, tmp_path, _random_streams)
+
+
+def test_strategies_that_cannot_work_are_one_line() -> None:
+    for name in (*NAMES, *SYNONYMS):
+        check_strategy(name)
+    check_strategy(DDPStrategy())
+    allowed = f"allowed are {', '.join(NAMES)}"
+    for strategy, found in (
+        ("fsdp", f"'fsdp', {allowed}; did you mean 'fsdp2'?"),
+        ("fsdp_cpu_offload", f"'fsdp_cpu_offload', {allowed}"),
+        ("ddp_spawn", f"'ddp_spawn', {allowed}; did you mean 'ddp'?"),
+        ("deepspeed_stage_4", f"'deepspeed_stage_4', {allowed}; did you mean 'deepspeed_stage_"),
+        (FSDPStrategy(), f"FSDPStrategy, {allowed}"),
+        (ModelParallelStrategy(), f"ModelParallelStrategy, {allowed}"),
+        (DDPStrategy(start_method="fork"), f"DDPStrategy with start_method 'fork', {allowed}"),
+    ):
+        with pytest.raises(L3DError) as told:
+            check_strategy(strategy)
+        assert str(told.value).startswith(f"trainer.strategy: found {found}")
+
+
+def test_restarts_are_refused_where_subnetworks_are_sharded() -> None:
+    ranks = Ranks()
+    ranks.size = 2
+    with pytest.raises(L3DError, match="restarts: found 3; subnetworks that are sharded over ranks allow 1"):
+        Subnetworks({"w": (4, 3)}, 4, restarts=3, group=ranks)
+
+
+BY_CLASS = '{"class_path": "l3d_pl.strategies.fsdp2.FSDP2Strategy"}'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["fsdp"], "trainer.strategy: found 'fsdp', allowed are auto, ddp, fsdp2"),
+        (
+            ['{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'],
+            "trainer.strategy: found ModelParallelStrategy, allowed",
+        ),
+        (["fsdp2", "--trainer.precision", "16-mixed"], "trainer.precision: found 16-mixed; allowed under fsdp2 are"),
+        (
+            [BY_CLASS, "--trainer.precision", "16"],
+            "trainer.precision: found 16; allowed under fsdp2 are 32-true, 64-true",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("_folder")
+def test_what_a_strategy_cannot_do_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    assert main(tms("--trainer.strategy", *arguments)) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"l3d: error: {sentence}")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.usefixtures("_folder")
+@pytest.mark.parametrize("strategy", ["fsdp2", BY_CLASS])
+def test_float64_on_a_mesh_of_either_spelling(strategy: str) -> None:
+    config = {"model": {"target": {"class_path": "zoo.tied_in_float64"}, "target_weights": None, "target_config": None}}
+    Path("double.yaml").write_text(yaml.safe_dump(config))
+    words = ["--config", "double.yaml", "--trainer.strategy", strategy, "--trainer.precision", "64-true"]
+    assert main([word for word in tms(*words) if word not in ("--model.target_weights", "t.safetensors")]) == 0
+    state = load_file("run/decomposition/model.safetensors")
+    assert {tensor.dtype for name, tensor in state.items() if name.startswith("v_")} == {torch.float64}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.usefixtures("_folder")
+@pytest.mark.timeout(600)
+def test_a_signal_to_the_first_process_stops_all(tmp_path: Path) -> None:
+    """SIGTERM to `l3d fit` on two ranks: both end after the same batch, and the run goes on from there."""
+    words = tms("--trainer.strategy", "ddp", "--trainer.devices", "2", "--checkpoint.every_n_train_steps", "5")
+    words[words.index("--trainer.max_epochs") + 1] = "20000"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "l3d_pl.cli", *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        until = time.monotonic() + 300
+        while not Path("run/checkpoints/last.ckpt").is_file():
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        process.terminate()
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0
+        assert "SIGTERM after step" in output
+        step = int(output.partition("after step ")[2].partition(":")[0])
+        assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == step
+        with pytest.raises(ProcessLookupError):  # nothing is left of either
+            os.killpg(process.pid, 0)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from l3d_pl.targets.toy import TiedAutoencoder
+
 N = 4  # samples; also a number of positions and of channels, on purpose
 VOCABULARY = 19
 
@@ -424,3 +426,8 @@ INPLACE = {
         plain_residual,
     ),
 }
+
+
+def tied_in_float64() -> nn.Module:
+    """A TMS target for a run in float64."""
+    return TiedAutoencoder(5, 2).double()

@@ -106,6 +106,7 @@ class GradientExtractor:
         generator: torch.Generator | None = None,
         references: Tensor | None = None,
         ranks: Ranks = ALONE,
+        joint: bool = False,
     ) -> Extraction:
         """Gradients of all samples in `batch`.
 
@@ -114,6 +115,8 @@ class GradientExtractor:
             generator: random state for the references (CPU).
             references: y_r of every sample, [N, ...], instead of drawing them.
             ranks: who has the other samples that mean references are a mean of.
+            joint: draw for all ranks' samples as one process with all of them would, from the same `generator` on each;
+                otherwise each rank for its own.
 
         Raises:
             L3DError: a first batch that the target model cannot take, such as inputs of the wrong width.
@@ -135,13 +138,16 @@ class GradientExtractor:
             self._has_run = True
             if capture.operands_changed() and not self._copy_operands:
                 self._copy_operands = True  # this model changes activations in place after their use: keep copies
-                return self(batch, generator, references, ranks)
-            samples = choose_samples(self.sample, batch, output, self.tokens_per_sequence, generator)
+                return self(batch, generator, references, ranks, joint)
+            drawing = ranks if joint else ALONE
+            samples = choose_samples(self.sample, batch, output, self.tokens_per_sequence, generator, drawing)
             outputs = samples.outputs(wide(output.detach()))
             given = references
             if references is None:
                 contrast = self._contrast(batch, samples)
-                references = make_references(self.reference, outputs, self.divergence, generator, contrast, ranks)
+                references = make_references(
+                    self.reference, outputs, self.divergence, generator, contrast, ranks, drawing
+                )
             elif len(references) == 1:
                 references = references.expand_as(outputs)
             at_outputs = self.divergence.gradient(*samples.comparable(outputs, references))
@@ -160,7 +166,7 @@ class GradientExtractor:
                     self._inject_early = True
                     if generator is not None and drawn is not None:
                         generator.set_state(drawn)
-                    return self(batch, generator, given)
+                    return self(batch, generator, given, ranks, joint)
                 capture.uncaptured |= dict.fromkeys(captured, "activation checkpointing")
                 gradients = {}
         missing = {

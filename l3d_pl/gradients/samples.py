@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from l3d_pl.errors import L3DError
 from l3d_pl.gradients.capture import Capture, Use, add_up
 from l3d_pl.gradients.sample_gradient import OuterGradient, SampleGradient, stack, wide
+from l3d_pl.parallel import ALONE, Ranks
 
 SAMPLES = ("item", "token", "sequence")
 TOGETHER = 2**23  # values at the cut in a backward pass of several tokens
@@ -87,7 +88,12 @@ class Samples:
 
 
 def choose_samples(
-    sample: str, batch: Any, outputs: Tensor, tokens_per_sequence: int | None, generator: torch.Generator | None
+    sample: str,
+    batch: Any,
+    outputs: Tensor,
+    tokens_per_sequence: int | None,
+    generator: torch.Generator | None,
+    ranks: Ranks = ALONE,
 ) -> Samples:
     """The samples of a batch.
 
@@ -95,6 +101,7 @@ def choose_samples(
 
     Args:
         tokens_per_sequence: so many positions of each sequence, drawn anew for each batch; None: all that count.
+        ranks: for whose sequences together the positions are drawn, each rank taking those of its own.
 
     Raises:
         L3DError: outputs without positions, a mask of another shape, no position that counts.
@@ -116,7 +123,8 @@ def choose_samples(
         mask = mask.bool().to(outputs.device)
         if not mask.any():
             raise L3DError("batch: its mask leaves no position to take as a sample")
-        mask = None if bool(mask.all()) else mask
+        # Also where they are others' sequences that are cut short: one of these may be the reference.
+        mask = mask if ranks.count(int(not mask.all()), mask.device) else None
     if sample == "sequence":
         return Samples(mask=mask)
     b, s = outputs.shape[:2]
@@ -127,7 +135,8 @@ def choose_samples(
         keys = mask.to(torch.float32)
     else:
         t = tokens_per_sequence
-        keys = torch.rand(b, s, generator=generator).to(outputs.device)
+        own, all_sequences = ranks.place_of(b, outputs.device)
+        keys = torch.rand(all_sequences, s, generator=generator)[own].to(outputs.device)
         keys = keys if mask is None else keys.masked_fill(~mask, -1.0)
     # Positions that count come first; those chosen are put in order.
     positions = keys.argsort(dim=1, descending=True, stable=True)[:, :t].sort(1).values

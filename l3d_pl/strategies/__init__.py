@@ -8,9 +8,17 @@ past through `zero_optimizer_state`. Both are plain where a strategy has no meth
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from l3d_pl.errors import L3DError, did_you_mean
 from l3d_pl.tucker import local
+
+NAMES = (
+    *("auto", "ddp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"),
+    *("deepspeed_stage_2_offload", "deepspeed_stage_3_offload"),
+)
+SYNONYMS = ("single_device", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true", "deepspeed")
 
 
 def register() -> None:
@@ -19,6 +27,29 @@ def register() -> None:
 
     deepspeed.register()
     fsdp2.register()
+
+
+def check_strategy(strategy: Any) -> None:
+    """Raise unless a strategy, or one of this name, keeps V as the method needs it.
+
+    Others would shard the target, or V in a way that no step knows; processes that are spawned or forked would not hand
+    back what they have found.
+    """
+    from l3d_pl.strategies.deepspeed import ZeroStrategy
+    from l3d_pl.strategies.fsdp2 import FSDP2Strategy
+
+    if isinstance(strategy, str):
+        found, allowed = repr(strategy), strategy in (*NAMES, *SYNONYMS)
+    else:
+        found, allowed = (
+            type(strategy).__name__,
+            isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FSDP2Strategy, ZeroStrategy)),
+        )
+        if isinstance(strategy, DDPStrategy) and strategy._start_method != "popen":
+            found, allowed = f"{found} with start_method {strategy._start_method!r}", False
+    if not allowed:
+        hint = did_you_mean(strategy, NAMES) if isinstance(strategy, str) else ""
+        raise L3DError(f"trainer.strategy: found {found}, allowed are {', '.join(NAMES)}{hint}")
 
 
 def writable_parameters(strategy: Any) -> AbstractContextManager[None]:

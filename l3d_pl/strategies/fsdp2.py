@@ -32,7 +32,7 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
         tensor_parallel_size: shards; "auto": the devices of a node.
 
     Raises:
-        L3DError: sizes whose product is not the number of ranks.
+        L3DError: sizes whose product is not the number of ranks; precision 16-mixed.
     """
 
     def __init__(
@@ -42,6 +42,11 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
         **kwargs: Any,
     ):
         super().__init__(data_parallel_size, tensor_parallel_size, **kwargs)
+
+    def _configure_launcher(self) -> None:
+        """Lightning calls this when everything about the trainer is known, before other processes are started."""
+        check_precision(self.precision_plugin.precision)
+        super()._configure_launcher()
 
     def setup_environment(self) -> None:
         ranks = self.num_nodes * self.num_processes
@@ -64,6 +69,15 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         load_optimizers(self.take_stored(), self.optimizers)
+
+
+def check_precision(precision: Any) -> None:
+    """Raise for 16-mixed: its scaler would leave out a step on one shard, and not on the others."""
+    if str(precision) in ("16", "16-mixed"):
+        raise L3DError(
+            f"trainer.precision: found {precision}; allowed under fsdp2 are 32-true, 64-true and bf16-mixed "
+            "(model.autocast: fp16 runs the frozen model in float16)"
+        )
 
 
 def register() -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,11 +16,15 @@ from l3d_pl.errors import L3DError, did_you_mean
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Eval mode, no parameter requires a gradient. Returns the same model; of a compiled one the model itself.
+    """Eval mode, no parameter requires a gradient. Returns the same model; of what is compiled the modules themselves.
 
     (What `torch.compile` fuses cannot be watched operation by operation.)
     """
     model = getattr(model, "_orig_mod", model)
+    for module in model.modules():  # (one that takes another's place is walked through in its turn)
+        for name, part in module._modules.items():
+            module._modules[name] = getattr(part, "_orig_mod", part)
+        module._compiled_call_impl = None  # of `module.compile()`, in place
     return model.eval().requires_grad_(False)
 
 
@@ -71,21 +75,28 @@ def near_patterns(pattern: str, names: Iterable[str]) -> str:
 def shard(model: nn.Module, keep: Iterable[Tensor], device_type: str) -> None:
     """Spread a frozen model's tensors over all ranks (FSDP2): a layer is gathered while it is used, then let go.
 
-    Every rank has to call the model as often as the others. Layers are the entries of its module lists; what is in none
-    of them is gathered together.
+    Every rank has to call the model as often as the others. Layers are the entries of its outermost module
+    lists; what is in none of them is gathered together. The tensors need not be on the device yet.
 
     Args:
         keep: tensors that stay whole on every rank, such as those that are decomposed.
     """
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
-    ignored: Any = {id(tensor): tensor for tensor in keep}.values()
-    for module in (*layers_of(model), model):
-        fully_shard(module, mesh=mesh, ignored_params=set(ignored))
+    whole: Any = {*keep, *(tensor for tensor in model.parameters() if tensor.ndim == 0)}  # (a number has no rows)
+    for module in dict.fromkeys((*layers_of(model), model)):
+        fully_shard(module, mesh=mesh, ignored_params=whole)
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """What `shard` gathers by itself."""
-    return [layer for part in model.modules() if isinstance(part, nn.ModuleList) for layer in part]
+def layers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """What `shard` gathers by itself: the entries of the outermost module lists.
+
+    What lists within a layer hold is not called every time (experts).
+    """
+    for child in model.children():
+        if isinstance(model, nn.ModuleList) and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield child
+        else:
+            yield from layers_of(child)
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]] | nn.Module) -> str:
