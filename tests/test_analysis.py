@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from datamodules.loading import Rows
 from l3d_pl import Decomposition, L3DError, Subnetworks
 from l3d_pl.analysis import analyse as analyse_module
-from l3d_pl.analysis.analyse import RELEVANT, analyse, layout
+from l3d_pl.analysis.analyse import analyse, layout
 from l3d_pl.analysis.attribution import attribution
 from l3d_pl.analysis.interventions import curve_rows, direction_of, natural_scale, random_directions, sweep
 from l3d_pl.analysis.items import item_rows, kind_of
@@ -570,7 +570,7 @@ def run_of(folder: Path, made: tuple[Decomposition, Rows]) -> Run:
     return Run(folder, made[0], Data(made[1], made[1]))
 
 
-SETTINGS = Settings(references=3, batch_size=8, top=5, middle=3, random=6, save_every=0.0)
+SETTINGS = Settings(references=3, batch_size=8, top=5, middle=3, random=6, background=12, controls=2, save_every=0.0)
 
 
 def tables_in(folder: Path) -> dict[str, bytes]:
@@ -601,7 +601,7 @@ def test_a_whole_analysis(kind: str, tmp_path: Path) -> None:
     one = read_table(folder, "curves", 2)
     assert set(one["subnetwork"]) == {2}
     v = direction_of(decomposition, {2: 1.0})
-    top = samples[(samples["subnetwork"] == 2) & (samples["kind"] == "top")].head(RELEVANT)
+    top = samples[(samples["subnetwork"] == 2) & (samples["kind"] == "top")]
     batch = only_positions(data[torch.tensor(top["sample"].to_numpy())], top["position"].tolist())
     delta = manifest["deltas"][-1]
     expected = sweep(decomposition, batch, [(delta, v)]).changes().mean()
