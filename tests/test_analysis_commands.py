@@ -6,12 +6,10 @@ import shutil
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import processes
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -162,27 +160,12 @@ def test_a_stop_is_one_line(
     assert calls == 3 + 4  # two were done before
 
 
-def test_ranks_that_srun_has_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = (
-        "from l3d_pl.analysis.runs import several_processes\n"
-        "with several_processes() as (ranks, device):\n    print(ranks.gather([ranks.rank, ranks.size, device]))"
-    )
-    slurm = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_NODELIST": "127.0.0.1"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        slurm["MASTER_PORT"] = str(free.getsockname()[1])
-    with ThreadPoolExecutor() as pool:
-        found = [
-            pool.submit(processes.run, ["-c", code], 100, SLURM_PROCID=rank, SLURM_LOCALID=rank, **slurm)
-            for rank in "01"
-        ]
-    assert {part.result().stdout.strip() for part in found} == {"[[0, 2, 'cpu'], [1, 2, 'cpu']]"}
-
+def test_each_rank_has_its_place_and_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun says; what srun says is what `test_two_ranks_are_one_process` goes by."""
     # In a batch script, which is no step of its job, there is one process, whatever was asked for.
     monkeypatch.setenv("SLURM_NTASKS", "2")
     with several_processes("cuda") as (ranks, device):
         assert (ranks.size, device) == (1, "cuda")
-    # A rank has its own GPU.
     for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     chosen: list[Any] = []
@@ -259,7 +242,8 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
         port = str(free.getsockname()[1])
     started = []
     for rank in ("0", "1"):
-        environment = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
+        environment |= {"SLURM_JOB_ID": "7", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": port}
         started.append(
             subprocess.Popen(
                 [sys.executable, "-m", "l3d_pl.cli", "analyze", str(both), *arguments],
@@ -277,7 +261,7 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
     assert [process.returncode for process in started] == [0, 0], outputs
     for name, n_rows in read_manifest(alone / "analysis")["tables"].items():
         one, two = (read_table(folder / "analysis", name) for folder in (alone, both))
-        assert n_rows > 0
+        assert n_rows > 0 or name == "coactivation"  # (there may be no such pair)
         pd.testing.assert_frame_equal(one, two, rtol=TOLERANCE, atol=TOLERANCE, check_exact=False)
     exact = ["subnetwork", "kind", "place", "sample", "position", "active", "impact", "coefficient"]
     one, two = (read_table(folder / "analysis", "samples")[exact] for folder in (alone, both))

@@ -244,7 +244,7 @@ class Run:
         else:
             loader = getattr(self.data, f"{split}_dataloader")()
             loader = loader[0] if isinstance(loader, list | tuple) and len(loader) == 1 else loader
-        if next(iter(islice(iter(loader or []), 1)), None) is None:
+        if next(iter(islice(iter([] if loader is None else loader), 1)), None) is None:
             raise L3DError(
                 f"split: '{split}' holds no data of its own, allowed are those of {', '.join(SPLITS)} that do"
             )
