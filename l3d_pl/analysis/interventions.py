@@ -140,7 +140,9 @@ def sweep(
             continue
         with pushed(target, direction, delta):
             found.append(look(outputs_of(target, batch)))
-    stacked = {name: None if still[name] is None else torch.stack([step[name] for step in found]) for name in still}
+    stacked: dict[str, Any] = {
+        name: None if still[name] is None else torch.stack([step[name] for step in found]) for name in still
+    }
     return Sweep(
         deltas, **stacked, origin=at_origin[kept], origin_losses=still["losses"], origin_against=still["against"]
     )
