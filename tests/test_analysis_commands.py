@@ -162,7 +162,7 @@ def test_a_stop_is_one_line(
 
 def test_each_rank_has_its_place_and_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torchrun says; what srun says is what `test_two_ranks_are_one_process` goes by."""
-    # In a batch script, which is no step of its job, there is one process, whatever was asked for.
+    # In a batch script there is one process, whatever was asked for.
     monkeypatch.setenv("SLURM_NTASKS", "2")
     with several_processes("cuda") as (ranks, device):
         assert (ranks.size, device) == (1, "cuda")
@@ -242,7 +242,7 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
         port = str(free.getsockname()[1])
     started = []
     for rank in ("0", "1"):
-        environment = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
+        environment = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": "2"}
         environment |= {"SLURM_JOB_ID": "7", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": port}
         started.append(
             subprocess.Popen(

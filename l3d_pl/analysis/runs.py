@@ -258,12 +258,10 @@ def several_processes(device: str = "cpu") -> Iterator[tuple[Ranks, str]]:
     if int(environment.get("WORLD_SIZE", "1")) > 1:
         rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         address, local = "env://", int(environment.get("LOCAL_RANK", rank))
-    elif (
-        "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1
-    ):  # (a batch script is no step)
+    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # srun's: in a batch script there is one process
         slurm = SLURMEnvironment(auto_requeue=False)
         address = f"tcp://{slurm.main_address}:{slurm.main_port}"
-        rank, size, local = slurm.global_rank(), slurm.world_size(), slurm.local_rank()
+        rank, size, local = slurm.global_rank(), int(environment["SLURM_STEP_NUM_TASKS"]), slurm.local_rank()
     else:
         yield ALONE, device
         return
