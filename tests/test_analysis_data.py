@@ -85,8 +85,11 @@ def test_batches_of_a_loader_are_joined_not_left_alone() -> None:
         batches = [batch[0] for _, _, batch in Entries(DataLoader(TensorDataset(x), size)).batches(10)]
         assert [len(batch) for batch in batches] == cut
         assert torch.equal(torch.cat(batches), x)
-    batches = [batch[0] for _, _, batch in Entries(DataLoader(TensorDataset(x), 10), 21).batches(10)]
-    assert [len(batch) for batch in batches] == [10, 11]
+    entries = Entries(DataLoader(TensorDataset(x), 10), 21)
+    assert [len(batch[0]) for _, _, batch in entries.batches(10)] == [10, 11]
+    entries.keep([3, 20])
+    assert entries.pick([20, 3])[0].tolist() == [[20.0], [3.0]]
+    assert entries._kept[3][0].untyped_storage().nbytes() == 4  # not the batch that it came in
     with pytest.raises(L3DError, match=r"entries of shapes \[3, 4, 4\], \[3, 5, 5\], allowed is one"):
         join([torch.rand(2, 3, 4, 4), torch.rand(1, 3, 5, 5)])
     ids = [{"input_ids": torch.ones(1, n, dtype=torch.int64)} for n in (2, 4)]  # without masks
