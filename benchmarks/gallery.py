@@ -5,11 +5,13 @@
 For each: P_act, its top samples with the token marked whose next one is predicted, the outputs that a step along +v
 raises and lowers most, summed over these samples; and what steps of ±δ do. `moved` is the mean summed |change| of
 the top samples' output probabilities (2 at most), `selectivity` is that over the same of random samples without the
-subnetwork, both beside random directions of the same ranks and the mean gradient, at the same δ.
+subnetwork, `of outputs` the mean |change| of the outputs named for v over that of all others; all beside random
+directions of the same ranks (± their standard deviation) and the mean gradient, at the same δ.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import string
 import sys
@@ -49,13 +51,17 @@ def outputs(rows: pd.DataFrame, direction: str, n: int = 6) -> str:
     return ", ".join(f"“{escape(str(name))}”" for name in sizes.head(n).index) or "none"
 
 
-def pushed(curves: pd.DataFrame, delta: float) -> Iterator[tuple[str, float, float]]:
-    """(control, moved, selectivity) at ±delta."""
+def pushed(curves: pd.DataFrame, delta: float) -> Iterator[tuple[str, float, str, str]]:
+    """(control, moved, selectivity, selectivity of outputs) at ±delta."""
     both = curves[curves["delta"].abs() == delta]
     for control, name in CONTROLS.items():
         rows = both[both["control"] == control]
-        relevant, irrelevant = float(rows["relevant"].mean()), float(rows["irrelevant"].mean())
-        yield name, relevant, relevant / irrelevant if irrelevant else float("nan")
+        told = []
+        for prefix in ("", "outputs_"):
+            near, far = float(rows[f"{prefix}relevant"].mean()), float(rows[f"{prefix}irrelevant"].mean())
+            spread = float(rows[f"{prefix}selectivity_std"].mean())
+            told.append(f"{near / far if far else math.nan:.2f}" + ("" if math.isnan(spread) else f" ± {spread:.2f}"))
+        yield name, float(rows["relevant"].mean()), *told
 
 
 def gallery(run: Path, seed: int, n: int, top: int, delta: float | None) -> Iterator[str]:
@@ -88,8 +94,9 @@ def gallery(run: Path, seed: int, n: int, top: int, delta: float | None) -> Iter
         yield f"- raises {outputs(moved, 'raised')}"
         yield f"- lowers {outputs(moved, 'lowered')}"
         found = list(pushed(read_table(folder, "curves", k), delta))
-        yield "- moved " + ", ".join(f"{name} {size:.3f}" for name, size, _ in found)
-        yield "- selectivity " + ", ".join(f"{name} {value:.2f}" for name, _, value in found)
+        yield "- moved " + ", ".join(f"{name} {size:.3f}" for name, size, _, _ in found)
+        yield "- selectivity " + ", ".join(f"{name} {value}" for name, _, value, _ in found)
+        yield "- of outputs " + ", ".join(f"{name} {value}" for name, _, _, value in found)
 
 
 def main(argv: Sequence[str]) -> None:

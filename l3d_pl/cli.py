@@ -76,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         quiet()
         commands[args[0]](args if args[0] in LIGHTNING_COMMANDS else args[1:])
+    except KeyboardInterrupt as stop:
+        print(f"l3d: {stop if str(stop) else 'stopped'}", file=sys.stderr, flush=True)
+        return 130
     except Exception as error:
         from lightning.pytorch.utilities import rank_zero_only
 
@@ -331,7 +334,9 @@ def analyze_command(args: list[str]) -> None:
     parser.add_argument("--references", type=int, default=8, help="references that each sample is compared with")
     parser.add_argument("--split", default="val", help="val, train or test")
     parser.add_argument("--batch-size", type=int, default=64, help="entries at a time")
-    parser.add_argument("--top", type=int, default=16, help="top samples kept for each subnetwork")
+    parser.add_argument("--top", type=int, default=16, help="top samples kept, and pushed, for each subnetwork")
+    parser.add_argument("--random", type=int, default=64, help="random samples that interventions are measured on, too")
+    parser.add_argument("--controls", type=int, default=4, help="random directions beside each intervention")
     parser.add_argument("--attribution", type=int, default=3, help="top samples whose inputs are attributed; 0: none")
     parser.add_argument("--seed", type=int, default=0, help="of references and of random samples")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -343,11 +348,22 @@ def analyze_command(args: list[str]) -> None:
     from l3d_pl.analysis.runs import open_run, several_processes
     from l3d_pl.analysis.survey import Settings
 
-    with several_processes(known.device) as ranks:
-        run = open_run(known.dir, known.device)
-        skip_bad = run.decomposition.run_config["model"].get("bad_samples") == "skip"  # type: ignore[index]
-        settings = Settings(known.references, known.batch_size, known.top, seed=known.seed, skip_bad=skip_bad)
-        folder = analyse(run, settings, known.split, known.samples, known.attribution, ranks)
+    try:
+        with several_processes(known.device) as (ranks, device):
+            run = open_run(known.dir, device)
+            skip_bad = run.decomposition.run_config["model"].get("bad_samples") == "skip"  # type: ignore[index]
+            settings = Settings(
+                *(known.references, known.batch_size, known.top),
+                background=known.random,
+                controls=known.controls,
+                seed=known.seed,
+                skip_bad=skip_bad,
+            )
+            folder = analyse(run, settings, known.split, known.samples, known.attribution, ranks)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped; what was done is kept in {known.dir / 'analysis'}, and the same command goes on from there"
+        ) from None
     if ranks.rank == 0:
         Console(soft_wrap=True).print(summary_of(folder))
         print(folder)

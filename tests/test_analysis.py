@@ -16,15 +16,32 @@ from torch import Tensor, nn
 from datamodules.loading import Rows
 from l3d_pl import Decomposition, L3DError, Subnetworks
 from l3d_pl.analysis import analyse as analyse_module
-from l3d_pl.analysis.analyse import RELEVANT, analyse, layout
-from l3d_pl.analysis.attribution import attribution
-from l3d_pl.analysis.interventions import curve_rows, direction_of, natural_scale, random_directions, sweep
+from l3d_pl.analysis.analyse import analyse, layout
+from l3d_pl.analysis.attribution import REPLACEMENTS, attribution
+from l3d_pl.analysis.interventions import (
+    curve_rows,
+    direction_of,
+    mean_rows,
+    named_outputs,
+    natural_scale,
+    random_directions,
+    sweep,
+)
 from l3d_pl.analysis.items import item_rows, kind_of
-from l3d_pl.analysis.locality import locality_rows, slopes
+from l3d_pl.analysis.locality import local_to, locality_rows, slopes
 from l3d_pl.analysis.outputs import derivatives, most_affected, only_positions, pushed
 from l3d_pl.analysis.runs import Entries, Run
 from l3d_pl.analysis.stability import compare, cosines, match
-from l3d_pl.analysis.survey import Histogram, Selection, Settings, Survey, _mix, extractor_of, take_survey
+from l3d_pl.analysis.survey import (
+    Histogram,
+    Selection,
+    Settings,
+    Survey,
+    _mix,
+    extractor_of,
+    samples_of,
+    take_survey,
+)
 from l3d_pl.analysis.tables import SCHEMAS, read_manifest, read_table, write_table
 from l3d_pl.divergence import make_divergence, make_references
 from l3d_pl.targets.language import gpt_neo
@@ -165,16 +182,44 @@ def test_histogram_counts_each_value_once_in_its_bin() -> None:
 def test_co_activation_and_shares() -> None:
     decomposition, data = vectors()
     survey = take_survey(decomposition, Entries(data), Settings(references=1, batch_size=20))
-    extractor, c = extractor_of(decomposition), []
+    extractor, c, total = extractor_of(decomposition), [], {}
     for number in (0, 1):
         batch = data[torch.arange(20 * number, 20 * number + 20)]
         extraction = extractor(batch, torch.Generator().manual_seed(_mix(0, number)))
-        gradients = rows({name: g.dense() for name, g in extraction.gradients.items()})
+        dense = {name: gradient.dense() for name, gradient in extraction.gradients.items()}
+        total = {name: value.sum(0) + total.get(name, 0) for name, value in dense.items()}
+        gradients = rows(dense)
         c.append(gradients @ rows(dense_directions(decomposition.subnetworks.v_in)).mT)
-    active = torch.cat(c).abs() >= 0.3
+    c = torch.cat(c)
+    active = c.abs() >= 0.3
     assert torch.equal(survey.together, active.long().mT @ active.long())
     assert 0 < int(active.sum()) < active.numel()
     found = analyse_module.tables_of(decomposition, survey)
+    for row in found["subnetworks"]:
+        own = c[:, row["subnetwork"]]
+        assert row["coefficient_mean"] == pytest.approx(float(own.mean()))
+        assert row["coefficient_std"] == pytest.approx(float(own.std(correction=0)))
+        its = own[own.abs() >= 0.3]
+        assert 0 < len(its) < 40
+        assert row["positive_share"] == pytest.approx(float((its > 0).double().mean()))
+    for name, value in survey.gradient.items():
+        assert_same(value.double(), total[name], 1e-5)
+    pairs = {(a, b): int((active[:, a] & active[:, b]).sum()) for a in range(6) for b in range(a + 1, 6)}
+    assert {(row.subnetwork, row.other): row.both for row in found["coactivation"].itertuples()} == {
+        pair: count for pair, count in pairs.items() if count
+    }
+    for row in found["coactivation"].itertuples():
+        assert row.either == int((active[:, row.subnetwork] | active[:, row.other]).sum())
+    assert int(active.sum(0).min()) <= 32
+    for k in range(6):  # with one reference a sample is active against it or not
+        its = c[active[:, k], k].abs().sort(descending=True).values
+        drawn = survey.chosen(k)["middle"]
+        assert len(drawn) == min(8, len(its))
+        assert all(row["active"] for row in drawn)
+        if len(its) <= 32:  # so many are drawn from: here all, of which those about the median are kept
+            start = max(0, (len(its) - 8) // 2)
+            impact = torch.tensor([row["impact"] for row in drawn], dtype=torch.float64)
+            assert_same(impact, its[start : start + 8], 1e-6)
     for row in found["similarity"]:
         a, b = active[:, row["subnetwork"]], active[:, row["other"]]
         assert row["coactivation"] == pytest.approx(float((a & b).sum() / (a | b).sum()))
@@ -315,6 +360,23 @@ def test_finite_differences_where_there_is_no_forward_mode() -> None:
     assert_same(moved, expected, 1e-5)
 
 
+def test_an_error_that_is_not_about_forward_mode_is_raised() -> None:
+    class Full(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.calls = nn.Linear(5, 3).double(), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls == 2:  # the first is without forward mode
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return self.inner(x)
+
+    decomposition = decompose(Full())
+    with pytest.raises(torch.OutOfMemoryError):
+        derivatives(decomposition, torch.randn(4, 5).double(), decomposition.direction(0))
+
+
 # -- interventions -----------------------------------------------------------------------------------------------------
 
 
@@ -415,6 +477,42 @@ def test_a_random_direction_is_not_selective_a_circuit_is() -> None:
     assert curve_rows(found, near, far, near)[0]["selectivity"] > 100
 
 
+def test_selectivity_of_outputs_of_a_planted_direction() -> None:
+    """v moves output 3 by 4 parts, 5 by 3 and 0 by 1: two of eight are named, six others share 1."""
+    model = nn.Linear(4, 8, bias=False).double()
+    u, v = torch.tensor([0.6, 0.0, 0.8, 0.0]).double(), torch.zeros(8, 4).double()
+    for output, size in ((3, 4.0), (5, -3.0), (0, 1.0)):
+        v[output] = size * u
+    decomposition = Decomposition(Subnetworks({"weight": (8, 4)}, 1, 1).double(), model, threshold=0.1)
+    x, deltas = torch.rand(6, 4).double() + 0.1, [-0.5, 0.0, 2.0]
+    named = named_outputs(derivatives(decomposition, x[:2], {"weight": v})[1])
+    assert [set(row) for row in named.tolist()] == [{3, 5}] * 2
+    found = sweep(decomposition, x, [(delta, {"weight": v}) for delta in deltas], named=named, shown=[1])
+    assert found.outputs.shape == (3, 1, 8)
+    assert_same(found.outputs[2, 0], x[1] @ (model.weight + 2 * v).mT)
+    rows = curve_rows(found, torch.arange(2), torch.arange(2, 6), torch.arange(2, 6))
+    reach = float((x[:2] @ u).abs().mean())
+    for row, delta in zip(rows, deltas, strict=True):
+        assert row["relevant"] == pytest.approx(8 * abs(delta) * reach)
+        assert row["outputs_relevant"] == pytest.approx(3.5 * abs(delta) * reach)
+        assert row["outputs_irrelevant"] == pytest.approx(abs(delta) * reach / 6)
+        assert row["outputs_selectivity"] == pytest.approx(21 if delta else math.nan, nan_ok=True)
+    assert named_outputs(torch.ones(3, 1)) is None  # of one output there is no other
+
+
+def test_random_directions_are_told_with_their_spread() -> None:
+    row = {"delta": 0.5, "kl_inactive": 1.0, "loss_change": None, "irrelevant": 2.0, "outputs_irrelevant": 1.0}
+    runs = [
+        [row | {"relevant": r, "selectivity": r / 2, "outputs_relevant": 3 * r, "outputs_selectivity": 3 * r}]
+        for r in (1.0, 2.0, 6.0)
+    ]
+    (mean,) = mean_rows(runs)
+    assert (mean["relevant"], mean["selectivity"], mean["outputs_selectivity"]) == (3.0, 1.5, 9.0)
+    spread = [mean[f"{name}_std"] for name in ("relevant", "selectivity", "outputs_selectivity")]
+    assert spread == pytest.approx([7**0.5, 7**0.5 / 2, 3 * 7**0.5])
+    assert mean["loss_change"] is None
+
+
 def test_the_scale_is_a_step_that_moves_enough() -> None:
     decomposition, data = vectors()
     looks = [(decomposition.direction(k), data[torch.arange(8)]) for k in range(3)]
@@ -445,6 +543,21 @@ def test_locality_of_squared_error_is_a_parabola() -> None:
         assert row["linear"] == pytest.approx(float(straight.mean()), abs=1e-9)
         curved = straight + delta**2 * jacobian.square().sum(1)[[1, 3]]
         assert row["change"] == pytest.approx(float(curved.mean()), abs=1e-9)
+
+
+def test_local_to_is_where_the_line_is_a_tenth_off() -> None:
+    """s delta + a delta^2 against s delta: off by a delta / s."""
+    deltas = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+
+    def curve(bend: float, linear: float = 3.0) -> list[dict[str, float]]:
+        return [{"delta": d, "change": linear * d + bend * d * d, "linear": linear * d} for d in deltas]
+
+    assert local_to(curve(0.4)) == pytest.approx(0.1 * 3 / 0.4)
+    assert local_to(curve(-0.9)) == pytest.approx(0.1 * 3 / 0.9)
+    assert local_to(curve(0.01)) == 2.0  # never off: at least as far as was looked
+    assert local_to(curve(0.4, linear=0.0)) is None
+    bent = [row if row["delta"] >= 0 else row | {"change": 2 * row["change"]} for row in curve(0.0)]
+    assert local_to(bent) == pytest.approx(0.05)  # on one side only: the shorter counts
 
 
 # -- attribution -------------------------------------------------------------------------------------------------------
@@ -509,6 +622,34 @@ def test_attribution_of_text_ends_at_the_position() -> None:
         assert (height, width) == (1, 6)
         assert bool((values[: position + 1] != 0).all())
         assert bool((values[position + 1 :] == 0).all())
+    v_in = rows(dense_directions(decomposition.subnetworks.v_in))
+    chosen = list(decomposition.subnetworks.shapes)
+
+    def c(ids: Tensor, position: int, k: int) -> float:
+        model = copy.deepcopy(decomposition.target)
+        parameters = dict(model.named_parameters())
+        for name in chosen:
+            parameters[name].requires_grad_(True)
+        out = model(input_ids=ids, attention_mask=mask).logits[:, position]
+        DIVERGENCES["kl"](out, reference).backward()
+        return float(torch.cat([parameters[name].grad.flatten() for name in chosen]) @ v_in[k])
+
+    ids, mask = batch["input_ids"][:1], batch["attention_mask"][:1]
+    whole = c(ids, 3, 0)
+    for place in range(4):
+        others = [i for i in strangers[:, place].unique().tolist() if i != int(ids[0, place])][:REPLACEMENTS]
+        lost = []
+        for other in others:
+            covered = ids.clone()
+            covered[0, place] = other
+            lost.append((whole - c(covered, 3, 0)) * np.sign(whole))
+        assert float(found[0][0][place]) == pytest.approx(np.mean(lost), rel=1e-5)
+    later = attribution(
+        decomposition, extractor_of(decomposition), batch, [3, 2], [0, 1], reference, strangers, firsts=[2, 0]
+    )
+    assert later[0][1:] == (1, 4)
+    assert_same(later[0][0], found[0][0][2:])
+    assert_same(later[1][0], found[1][0])
 
 
 # -- stability ---------------------------------------------------------------------------------------------------------
@@ -570,11 +711,19 @@ def run_of(folder: Path, made: tuple[Decomposition, Rows]) -> Run:
     return Run(folder, made[0], Data(made[1], made[1]))
 
 
-SETTINGS = Settings(references=3, batch_size=8, top=5, middle=3, random=6, save_every=0.0)
+SETTINGS = Settings(references=3, batch_size=8, top=5, middle=3, random=6, background=12, controls=2, save_every=0.0)
 
 
 def tables_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
+
+
+def mean_output(decomposition: Decomposition, folder: Path) -> Tensor:
+    """The mean output over the background samples: the reference where a run was never validated."""
+    data, rows_ = texts()[1], read_table(folder, "background", 0)
+    outputs = decomposition.target(**{name: data.tensors[name] for name in ("input_ids", "attention_mask")}).logits
+    own = outputs[torch.tensor(rows_["sample"].to_numpy()), torch.tensor(rows_["position"].to_numpy())]
+    return decomposition.divergence.from_mean(own.softmax(-1).mean(0, keepdim=True))
 
 
 @pytest.mark.parametrize("kind", ["vectors", "texts"])
@@ -601,14 +750,37 @@ def test_a_whole_analysis(kind: str, tmp_path: Path) -> None:
     one = read_table(folder, "curves", 2)
     assert set(one["subnetwork"]) == {2}
     v = direction_of(decomposition, {2: 1.0})
-    top = samples[(samples["subnetwork"] == 2) & (samples["kind"] == "top")].head(RELEVANT)
+    top = samples[(samples["subnetwork"] == 2) & (samples["kind"] == "top")]
     batch = only_positions(data[torch.tensor(top["sample"].to_numpy())], top["position"].tolist())
     delta = manifest["deltas"][-1]
     expected = sweep(decomposition, batch, [(delta, v)]).changes().mean()
     found = one[(one["control"] == "subnetwork") & (one["delta"] == delta)]["relevant"].item()
     assert found == pytest.approx(float(expected), rel=1e-6)
+    summary = read_table(folder, "outputs_summary", 2)
+    moved = derivatives(decomposition, batch, v)[1].mean(0)
+    for direction, sign in (("raised", 1), ("lowered", -1)):
+        listed = summary[summary["direction"] == direction]
+        values, places = (sign * moved).sort(descending=True, stable=True)
+        n_of_them = min(5, int((values > 0).sum()))
+        assert listed["output"].tolist() == places[:n_of_them].tolist()
+        assert listed["derivative"].tolist() == pytest.approx((sign * values[:n_of_them]).tolist())
+    background = read_table(folder, "background", 2)
+    random = samples[(samples["subnetwork"] == 2) & (samples["kind"] == "random")]
+    assert len(background) == manifest["n_background"] == 12
+    assert background["sample"].tolist()[:6] == random["sample"].tolist()
+    assert (manifest["n_controls"], manifest["n_top"], manifest["n_attributed"]) == (2, 5, 3)
+    locality = read_table(folder, "locality", 2).to_dict("records")
+    assert read_table(folder, "subnetworks")["local_to"][2] == pytest.approx(local_to(locality))
     if kind == "texts":
         tokens = read_table(folder, "token_coefficients")
+        extraction = extractor_of(decomposition)(data[torch.arange(12)], references=mean_output(decomposition, folder))
+        gradients = rows({name: gradient.dense() for name, gradient in extraction.gradients.items()})
+        c = gradients @ rows(dense_directions(decomposition.subnetworks.v_in)).mT
+        sample, position = samples_of(extraction)
+        for row in tokens.iloc[::4].itertuples():
+            mine = sample == row.sample
+            assert list(row.positions) == position[mine].tolist()
+            assert list(row.coefficients) == pytest.approx(c[mine, row.subnetwork].tolist(), rel=1e-4, abs=1e-7)
         assert set(zip(samples["subnetwork"], samples["sample"], strict=True)) == set(
             zip(tokens["subnetwork"], tokens["sample"], strict=True)
         )
@@ -649,6 +821,20 @@ def test_what_was_kept_of_another_analysis_is_not_taken_up(tmp_path: Path) -> No
     other = take_survey(decomposition, Entries(data), settings, state_file=state)
     assert other.n_samples == first.n_samples == 40
     assert bool((other.counts["active_pairs"] < first.counts["active_pairs"]).any())
+
+
+def test_an_analysis_of_another_split_is_not_taken_up(tmp_path: Path) -> None:
+    """Both splits are as long, and lie in one file."""
+    decomposition, data = vectors()
+    other = Rows(inputs=data.tensors["inputs"].flip(1), labels=data.tensors["labels"])
+    run = Run(tmp_path, decomposition, Data(other, data))
+    state, settings = tmp_path / "state", Settings(references=2, batch_size=8)
+    take_survey(decomposition, run.entries("val"), settings, state_file=state)
+    found = take_survey(decomposition, run.entries("train"), settings, state_file=state)
+    fresh = take_survey(decomposition, Entries(other), settings)
+    assert_same(found.sums["impact_sum"], fresh.sums["impact_sum"])
+    with pytest.raises(L3DError, match="split: 'test' holds no data of its own"):
+        run.entries("test")  # the validation data are no test data
 
 
 def test_tables_refuse_what_is_not_theirs(tmp_path: Path) -> None:

@@ -2,22 +2,28 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import distributed as dist
 from torch.func import functional_call
 
 from l3d_pl import Decomposition, Subnetworks
-from l3d_pl.analysis.intervene import _along, mean_gradient
-from l3d_pl.analysis.runs import open_run
+from l3d_pl.analysis import survey
+from l3d_pl.analysis.analyse import Closer
+from l3d_pl.analysis.intervene import _along, _suffix, mean_gradient
+from l3d_pl.analysis.runs import load_run, open_run, several_processes
 from l3d_pl.analysis.tables import KINDS, read_manifest, read_table
 from l3d_pl.cli import main
+from l3d_pl.targets.frozen import fingerprint
 from l3d_pl.targets.toy import MLP, TiedAutoencoder
 
 TOLERANCE = 1e-9
@@ -74,8 +80,23 @@ def test_analyze_intervene_compare(tmp_path: Path, capsys: pytest.CaptureFixture
     with opened.decomposition.perturbed({3: -0.2, 5: 0.3}) as model:
         assert row["value"] == pytest.approx(float(model(x)[0, int(row["output"])]), abs=1e-6)
     assert main(["intervene", str(run), "--subnetwork", "3", "--parameters", "b"]) == 0
-    alone = pd.read_csv(run / "analysis" / "interventions" / "3.csv")
+    alone = pd.read_csv(run / "analysis" / "interventions" / "3-in-b.csv")
     assert alone["delta_3"].tolist() == manifest["deltas"] * 3
+    about = read_manifest(run / "analysis" / "interventions", "3-in-b.json")
+    assert about["arguments"] == {"subnetworks": [3], "deltas": None, "parameters": ["b"], "grid": False}
+    for key in ("fingerprint", "decomposition", "seed", "n_top", "n_background", "n_controls", "versions"):
+        assert about[key] == manifest[key] is not None
+    # Only b has moved: a small step of the whole v_3 in b alone.
+    row = alone[(alone["control"] == "subnetwork") & (alone["delta_3"] == max(manifest["deltas"]))].iloc[0]
+    top = samples[(samples["subnetwork"] == 3) & (samples["kind"] == "top")]["sample"].tolist()
+    x, model = opened.entries("val").pick(top)["inputs"], opened.decomposition.target
+    before = model(x)
+    model.b.data += row["delta_3"] * opened.decomposition.direction(3)["b"]
+    assert row["relevant"] == pytest.approx(float((model(x) - before).abs().sum(1).mean()), rel=1e-4)
+    names = [_suffix(patterns) for patterns in (["*.weight"], ["?.weight"], ["b"], ["W_in", "b"], None)]
+    assert names[2:] == ["-in-b", "-in-W_in+b", ""]
+    assert len(set(names)) == 5
+    assert all("/" not in name and "*" not in name for name in names)
 
     # Alone, in all tensors and at the analysis' own steps it is the analysis' own table, and the same controls.
     capsys.readouterr()
@@ -86,7 +107,7 @@ def test_analyze_intervene_compare(tmp_path: Path, capsys: pytest.CaptureFixture
     curves = read_table(run / "analysis", "curves", 3)
     for control in ("subnetwork", "random"):
         mine, its = (frame[frame["control"] == control] for frame in (alone, curves))
-        for column in ("relevant", "irrelevant", "selectivity"):
+        for column in ("relevant", "irrelevant", "selectivity", "outputs_selectivity", "selectivity_std"):
             assert mine[column].tolist() == pytest.approx(its[column].tolist(), rel=1e-5, nan_ok=True)
     assert main(["intervene", str(run), "--subnetwork", "3", "--delta", str(-4 * scale)]) == 0
     assert "the largest here is 4 times that" in capsys.readouterr().out
@@ -95,6 +116,66 @@ def test_analyze_intervene_compare(tmp_path: Path, capsys: pytest.CaptureFixture
     table = pd.read_csv(run / "analysis" / "compare" / "b.csv")
     assert sorted(table["other"]) == [0, 1, 2, 3]
     assert (run / "analysis" / "compare" / "b.png").stat().st_size > 1000
+    about = read_manifest(run / "analysis" / "compare", "b.json")
+    assert [side["decomposition"] for side in about["runs"]] == [
+        fingerprint(load_run(folder).subnetworks) for folder in (run, other)
+    ]
+    elsewhere = make_run(tmp_path / "elsewhere" / "b", seed=2, n=3)  # another of the same name
+    assert main(["compare", str(run), str(elsewhere)]) == 0
+    assert len(list((run / "analysis" / "compare").glob("b*.csv"))) == 2
+    assert len(pd.read_csv(run / "analysis" / "compare" / "b.csv")) == 4
+
+
+def test_an_analysis_of_an_earlier_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, later = make_run(tmp_path / "run"), make_run(tmp_path / "later", seed=1)
+    assert main(["analyze", str(run), "--samples", "20"]) == 0
+    assert main(["intervene", str(run), "--subnetwork", "0"]) == 0
+    shutil.rmtree(run / "decomposition")
+    (later / "decomposition").rename(run / "decomposition")
+    assert "is of an earlier fit; `l3d analyze" in error_of(capsys, "intervene", str(run), "--subnetwork", "0")
+
+
+def test_a_stop_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, original, calls = make_run(tmp_path / "run"), Closer.outputs, 0
+
+    def stop(self: Closer, k: int) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return original(self, k)
+
+    monkeypatch.setattr(Closer, "outputs", stop)
+    monkeypatch.setattr(survey, "SAY_EVERY", 0.0)
+    capsys.readouterr()
+    assert main(["analyze", str(run), "--batch-size", "16"]) == 130
+    found = capsys.readouterr()
+    (line,) = found.err.strip().splitlines()
+    assert "stopped; what was done is kept in" in line
+    assert "the same command goes on from there" in line
+    assert "samples: 4 of 4" in found.out  # without a terminal: lines
+    assert main(["analyze", str(run), "--batch-size", "16"]) == 0
+    assert calls == 3 + 4  # two were done before
+
+
+def test_each_rank_has_its_place_and_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun says; what srun says is what `test_two_ranks_are_one_process` goes by."""
+    # In a batch script there is one process, whatever was asked for.
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with several_processes("cuda") as (ranks, device):
+        assert (ranks.size, device) == (1, "cuda")
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    chosen: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **named: chosen.append((*args, named["rank"])))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with several_processes("cuda") as (_, device):
+        assert device == "cuda:1"
+    assert chosen == ["cuda:1", ("nccl", 3)]
 
 
 def test_the_gradient_beside_an_intervention_is_the_mean_gradient(tmp_path: Path) -> None:
@@ -108,7 +189,7 @@ def test_the_gradient_beside_an_intervention_is_the_mean_gradient(tmp_path: Path
         torch.testing.assert_close(found[name], expected)
 
     direction = decomposition.direction(2)
-    (along,) = _along(found, [{2: -0.3}], [{"b": -0.3 * direction["b"]}])  # as far as v_2 goes in b, and its sign
+    (along,) = _along(found, [{2: -0.3}], iter([{"b": -0.3 * direction["b"]}]))  # as far as v_2 goes in b, and its sign
     torch.testing.assert_close(along["b"], -0.3 * direction["b"].norm() * found["b"] / found["b"].norm())
 
 
@@ -121,6 +202,9 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "`l3d analyze RUN` makes it" in error_of(capsys, "intervene", str(run), "--subnetwork", "0")
     assert main(["analyze", str(run), "--samples", "20"]) == 0
     assert "subnetwork: found 6; allowed are 0 to 5" in error_of(capsys, "intervene", str(run), "--subnetwork", "6")
+    twice = error_of(capsys, "intervene", str(run), "--subnetwork", "3", "--subnetwork", "3")
+    assert "subnetwork: found 3, 3, allowed is each once" in twice
+    assert "controls: found 0" in error_of(capsys, "analyze", str(run), "--controls", "0")
     line = error_of(capsys, "intervene", str(run), "--subnetwork", "0", "--parameters", "W_on")
     assert "'W_on' matches none of the decomposed tensors; did you mean 'W_in'?" in line
     (run / "target.safetensors").rename(run / "gone")
@@ -156,10 +240,11 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    processes = []
+    started = []
     for rank in ("0", "1"):
-        environment = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes.append(
+        environment = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": "2"}
+        environment |= {"SLURM_JOB_ID": "7", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": port}
+        started.append(
             subprocess.Popen(
                 [sys.executable, "-m", "l3d_pl.cli", "analyze", str(both), *arguments],
                 env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
@@ -169,14 +254,14 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
             )
         )
     try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
+        outputs = [process.communicate(timeout=200)[0] for process in started]
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [process.returncode for process in started] == [0, 0], outputs
     for name, n_rows in read_manifest(alone / "analysis")["tables"].items():
         one, two = (read_table(folder / "analysis", name) for folder in (alone, both))
-        assert n_rows > 0
+        assert n_rows > 0 or name == "coactivation"  # (there may be no such pair)
         pd.testing.assert_frame_equal(one, two, rtol=TOLERANCE, atol=TOLERANCE, check_exact=False)
     exact = ["subnetwork", "kind", "place", "sample", "position", "active", "impact", "coefficient"]
     one, two = (read_table(folder / "analysis", "samples")[exact] for folder in (alone, both))

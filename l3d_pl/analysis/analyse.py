@@ -11,24 +11,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from l3d_pl.analysis.attribution import attribution
 from l3d_pl.analysis.interventions import (
     GRID,
+    Sweep,
     curve_rows,
     direction_of,
     effect_rows,
     mean_rows,
+    named_outputs,
     natural_scale,
     random_directions,
     sweep,
 )
-from l3d_pl.analysis.items import MANY_NAMES, input_of, item_rows, kind_of, output_names
-from l3d_pl.analysis.locality import locality_rows, slopes
+from l3d_pl.analysis.items import MANY_NAMES, input_of, item_rows, kind_of, length_of_text, output_names, window
+from l3d_pl.analysis.locality import local_to, locality_rows, slopes
 from l3d_pl.analysis.outputs import derivatives, most_affected, only_positions, outputs_of, probabilities
-from l3d_pl.analysis.runs import Entries, Run, placed
+from l3d_pl.analysis.runs import Entries, Run, checksums, fingerprints_of, placed
 from l3d_pl.analysis.stability import cosines
 from l3d_pl.analysis.survey import (
     Settings,
@@ -40,22 +43,16 @@ from l3d_pl.analysis.survey import (
     shared,
     take_survey,
 )
-from l3d_pl.analysis.tables import MANIFEST, write_manifest, write_table
+from l3d_pl.analysis.tables import MANIFEST, made_by, write_manifest, write_table
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.gradients.samples import choose_samples
 from l3d_pl.parallel import ALONE, Ranks
-from l3d_pl.provenance import provenance
-from l3d_pl.targets.frozen import fingerprint
 
-Rows = dict[str, list[dict[str, Any]]]  # {table: rows}
+Rows = dict[str, Any]  # {table: a list of rows, or a frame}
 NEIGHBOURS, TOGETHER = 20, 5  # others listed for each subnetwork: the nearest by |cos|, and the most co-active
-RELEVANT = 10  # top samples that interventions are measured on
 SHOWN = {"top": 8, "middle": 4}  # samples whose most affected outputs are told
-TRIED, ENOUGH = (
-    12,
-    0.75,
-)  # the largest step moves half of so many subnetworks' top samples by this, of 2 (total) at most
-RANDOM_DIRECTIONS = 2  # controls for each subnetwork
+TRIED, ENOUGH = 12, 0.75  # the largest step moves half of so many subnetworks' top samples by this, of 2 at most
+MOST = 5  # outputs raised, and lowered, that are listed
 EFFECTS = 2  # top samples whose outputs are shown against delta, with a random one beside them
 
 
@@ -85,6 +82,11 @@ def analyse(
     if ranks.rank == 0:
         (folder / MANIFEST).unlink(missing_ok=True)  # until all tables are there
         rows |= tables_of(run.decomposition, survey) | {"items": closer.items()}
+        by_subnetwork: dict[int, list[dict[str, Any]]] = {}
+        for row in rows["locality"]:
+            by_subnetwork.setdefault(row["subnetwork"], []).append(row)
+        for row in rows["subnetworks"]:
+            row["local_to"] = local_to(by_subnetwork[row["subnetwork"]])
         names = closer.names
         if len(names) > MANY_NAMES:
             rows["outputs_names"] = [{"output": i, "name": name} for i, name in enumerate(names)]
@@ -131,12 +133,18 @@ class Closer:
         self.device = next(self.decomposition.subnetworks.parameters()).device
         self.chosen = [survey.chosen(k) for k in range(self.decomposition.n_subnetworks)]
         self.shown: dict[int, set[int]] = {}  # entry -> the subnetworks that show it
+        self.marked: dict[int, set[int]] = {}  # entry -> positions that are shown
+        self.background = survey.background(0)  # of all subnetworks the same, but for where they are active
+        known = {row["sample"]: row["checksum"] for row in self.background}
         for k, kinds in enumerate(self.chosen):
             for row in (row for rows in kinds.values() for row in rows):
                 self.shown.setdefault(row["sample"], set()).add(k)
-        entries.keep(sorted(self.shown))
-        self.random = self.chosen[0]["random"]  # of all subnetworks the same
-        batch = self.pick(self.random)
+                self.marked.setdefault(row["sample"], set()).add(row["position"])
+                known[row["sample"]] = row["checksum"]
+        entries.keep(sorted(known))
+        if not entries.is_indexed:
+            entries.require_same(known)
+        batch = self.pick(self.background)
         self.kind = kind_of(batch)
         own, outputs = self._outputs(batch)
         self.reference = self._reference(own)
@@ -169,17 +177,20 @@ class Closer:
         """The tables that need the model again (of all ranks), and the steps of the interventions."""
         n = self.decomposition.n_subnetworks
         mine = shared(range(n), ranks)
-        found: Rows = {name: [] for name in ("outputs", "curves", "effects", "locality", "attribution")}
+        made = ("outputs", "outputs_summary", "curves", "effects", "locality", "attribution")
+        found: Rows = {name: [] for name in made}
         found |= {"token_coefficients": []} if self.decomposition.sample == "token" else {}
         with progress("outputs", len(mine), ranks) as advance:
             for k in mine:
-                found["outputs"] += journal.get(f"outputs {k}", lambda k=k: self.outputs(k))  # type: ignore[misc]
+                part = journal.get(f"outputs {k}", lambda k=k: self.outputs(k))  # type: ignore[misc]
+                found = {name: rows + part.get(name, []) for name, rows in found.items()}
                 advance()
         scale = ranks.gather(journal.get("scale", self.scale))[0]
         deltas = [float(f"{scale * step:.6g}") for step in GRID]
         with progress("interventions", len(mine), ranks) as advance:
             for k in mine:
-                part = journal.get(f"moved {k}", lambda k=k: self.moved(k, deltas))  # type: ignore[misc]
+                named = journal.done[f"outputs {k}"]["named"]
+                part = journal.get(f"moved {k}", lambda k=k, named=named: self.moved(k, deltas, named))  # type: ignore[misc]
                 found = {name: rows + part.get(name, []) for name, rows in found.items()}
                 advance()
         if self.decomposition.sample == "token":
@@ -195,66 +206,100 @@ class Closer:
     def scale(self) -> float:
         """The largest step of the interventions, from some of the subnetworks that are active most."""
         often = self.survey.counts["active_pairs"].sort(descending=True, stable=True).indices[:TRIED].tolist()
-        looks = [(self.decomposition.direction(k), self.pick(self.chosen[k]["top"][:RELEVANT])) for k in often]
+        looks = [(self.decomposition.direction(k), self.pick(self.chosen[k]["top"])) for k in often]
         return natural_scale(self.decomposition, looks, ENOUGH * self.output_size)
 
-    def outputs(self, k: int) -> list[dict[str, Any]]:
-        """Rows of `outputs` of a subnetwork."""
-        places = [(kind, i) for kind, n in SHOWN.items() for i in range(min(n, len(self.chosen[k][kind])))]
-        rows = [self.chosen[k][kind][i] for kind, i in places]
+    def outputs(self, k: int) -> Rows:
+        """Rows of `outputs` and `outputs_summary` of a subnetwork, and the outputs `named` for its top samples."""
+        top = self.chosen[k]["top"]
+        rows = [*top, *self.chosen[k]["middle"][: SHOWN["middle"]]]
         outputs, moved = derivatives(self.decomposition, self.pick(rows), self.decomposition.direction(k))
         result = []
-        for (kind, i), row, affected in zip(places, rows, most_affected(outputs, moved), strict=True):
-            where = {"subnetwork": k, "kind": kind, "place": i, "sample": row["sample"], "position": row["position"]}
-            result += [where | output | {"name": self.names[output["output"]]} for output in affected]
-        return result
+        for place, (row, affected) in enumerate(zip(rows, most_affected(outputs, moved, MOST), strict=True)):
+            kind, i = ("top", place) if place < len(top) else ("middle", place - len(top))
+            if i < SHOWN[kind]:
+                where = {
+                    "subnetwork": k,
+                    "kind": kind,
+                    "place": i,
+                    "sample": row["sample"],
+                    "position": row["position"],
+                }
+                result += [where | output | {"name": self.names[output["output"]]} for output in affected]
+        named = named_outputs(moved[: len(top)])
+        return {
+            "outputs": result,
+            "outputs_summary": self._summary(k, moved[: len(top)]),
+            "named": None if named is None else named.tolist(),
+        }
 
-    def moved(self, k: int, deltas: list[float]) -> Rows:
-        """Rows of `curves`, `effects`, `locality` and `attribution` of a subnetwork."""
-        top = self.chosen[k]["top"][:RELEVANT]
-        batch = self.pick([*top, *self.random])
+    def _summary(self, k: int, moved: Tensor) -> list[dict[str, Any]]:
+        """The outputs of highest mean derivative over the top samples, from `moved` [M, n_outputs]."""
+        mean = moved.double().mean(0, keepdim=True)
+        (rows,) = most_affected(mean, mean, MOST)
+        return [
+            {
+                "subnetwork": k,
+                "direction": row["direction"],
+                "rank": row["rank"],
+                "output": row["output"],
+                "name": self.names[row["output"]],
+                "derivative": row["derivative"],
+                "samples": int((moved[:, row["output"]] * row["derivative"] > 0).sum()),
+            }
+            for row in rows
+        ]
+
+    def moved(self, k: int, deltas: list[float], named: list[list[int]] | None) -> Rows:
+        """Rows of `curves`, `effects`, `locality` and `attribution` of a subnetwork; `named` as `outputs` says."""
+        top = self.chosen[k]["top"]
+        batch = self.pick([*top, *self.background])
         relevant = torch.arange(len(top))
-        background = len(top) + torch.arange(len(self.random))
-        active = torch.tensor([row["active"] for row in self.chosen[k]["random"]], dtype=torch.bool)
+        background = len(top) + torch.arange(len(self.background))
+        active = torch.tensor([row["active"] for row in self.survey.background(k)], dtype=torch.bool)
         v = direction_of(self.decomposition, {k: 1.0})
-        own = sweep(self.decomposition, batch, [(delta, v) for delta in deltas], self.reference)
-        controls = random_directions(self.decomposition, k, RANDOM_DIRECTIONS, self.survey.settings.seed)
-        curves = {"subnetwork": curve_rows(own, relevant, background[~active], background)}
+        far = background[~active][:1].tolist()  # a sample in which it is inactive
+        shown = [*range(min(EFFECTS, len(top))), *far]
+        outputs = None if named is None else torch.tensor(named)
+        own = sweep(self.decomposition, batch, [(delta, v) for delta in deltas], self.reference, outputs, shown)
+        controls = random_directions(self.decomposition, k, self.survey.settings.controls, self.survey.settings.seed)
+
+        def curve(found: Sweep) -> list[dict[str, Any]]:
+            return curve_rows(found, relevant, background[~active], background)
+
         alone = [
-            curve_rows(self._control(batch, u, deltas), relevant, background[~active], background)
+            curve(sweep(self.decomposition, batch, [(delta, u) for delta in deltas], named=outputs, shown=()))
             for u in (*controls, self.gradient)
         ]
-        curves |= {"random": mean_rows(alone[:-1]), "gradient": alone[-1]}
-        shown = [(i, row["sample"], row["position"]) for i, row in enumerate(top[:EFFECTS])]
-        far = next((i for i, is_active in enumerate(active.tolist()) if not is_active), None)
-        if far is not None:
-            shown.append((len(top) + far, self.random[far]["sample"], self.random[far]["position"]))
+        curves = {"subnetwork": curve(own), "random": mean_rows(alone[:-1]), "gradient": alone[-1]}
+        where = [(row["sample"], row["position"]) for row in [*top, *self.background]]
         slope = slopes(self.decomposition, self.extractor, batch, self.reference, k)
         return {
             "curves": [
                 {"subnetwork": k, "control": control, **row} for control, rows in curves.items() for row in rows
             ],
-            "effects": [{"subnetwork": k, **row} for row in effect_rows(own, shown, self.names)],
+            "effects": [{"subnetwork": k, **row} for row in effect_rows(own, [where[i] for i in shown], self.names)],
             "locality": [{"subnetwork": k, **row} for row in locality_rows(own, slope, relevant)],
             "attribution": self.attribution(k),
         }
-
-    def _control(self, batch: Any, direction: Mapping[str, Tensor], deltas: list[float]) -> Any:
-        return sweep(self.decomposition, batch, [(delta, direction) for delta in deltas])
 
     def attribution(self, k: int) -> list[dict[str, Any]]:
         rows = self.chosen[k]["top"][: self.attributed]
         if not rows:
             return []
+        batch, firsts = self.entries.pick([row["sample"] for row in rows]), None
+        if self.kind == "text":  # as its item begins
+            firsts = [window(length_of_text(batch, i), self.marked[row["sample"]])[0] for i, row in enumerate(rows)]
         found = attribution(
             self.decomposition,
             self.extractor,
-            placed(self.entries.pick([row["sample"] for row in rows]), self.device),
+            placed(batch, self.device),
             [row["position"] for row in rows],
             [k] * len(rows),
             self.reference,
             self.strangers,
             self.survey.settings.batch_size,
+            firsts,
         )
         return [
             {
@@ -294,7 +339,9 @@ class Closer:
         """Rows of `items`: every sample that is shown, once."""
         rows: list[dict[str, Any]] = []
         for part in _cut(sorted(self.shown), self.survey.settings.batch_size):
-            rows += item_rows(self.entries.pick(part), part, self.run.data)
+            rows += item_rows(self.entries.pick(part), part, self.run.data, self.marked)
+        for row in rows:
+            row["checksum"] = int(checksums(self.entries.pick([row["sample"]]))[0])
         return rows
 
 
@@ -330,12 +377,19 @@ def tables_of(decomposition: Decomposition, survey: Survey) -> Rows:
             for low, high, count in survey.histogram.of(k)
         ],
         "similarity": _similarity(survey, cos),
+        "coactivation": _coactivation(survey),
         "map": [{"subnetwork": k, "x": x, "y": y} for k, (x, y) in enumerate(layout(cos.abs()).tolist())],
         "samples": [
-            {"subnetwork": k, "kind": kind, "place": place, **{name: row[name] for name in row if name != "score"}}
+            {"subnetwork": k, "kind": kind, "place": place}
+            | {name: row[name] for name in row if name not in ("score", "checksum")}
             for k in range(len(cos))
             for kind, rows in survey.chosen(k).items()
             for place, row in enumerate(rows)
+        ],
+        "background": [
+            {"subnetwork": k} | {name: row[name] for name in ("sample", "position", "active")}
+            for k in range(len(cos))
+            for row in survey.background(k)
         ],
     }
 
@@ -401,6 +455,15 @@ def _similarity(survey: Survey, cos: Tensor) -> list[dict[str, Any]]:
     return rows
 
 
+def _coactivation(survey: Survey) -> pd.DataFrame:
+    """The pairs that are active in a sample together at least once, and in how many both are, and either is."""
+    alone = survey.counts["active_samples"]
+    a, b = survey.together.triu(1).nonzero(as_tuple=True)
+    both = survey.together[a, b]
+    columns = {"subnetwork": a, "other": b, "both": both, "either": alone[a] + alone[b] - both}
+    return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
+
+
 def layout(similarity: Tensor) -> Tensor:
     """Places in a plane, [n, 2], by classical scaling of squared distances 2 (1 - similarity)."""
     centred = similarity - similarity.mean(0)
@@ -425,17 +488,14 @@ def manifest_of(
     written: Mapping[str, int],
 ) -> dict[str, Any]:
     """What `manifest.json` holds."""
-    decomposition, made = run.decomposition, provenance()
+    decomposition = run.decomposition
     shapes, settings, names = decomposition.subnetworks.shapes, survey.settings, closer.names
     return {
         "run": run.folder.resolve().name,
         "model": decomposition.target_class,
         "config": decomposition.run_config,
-        "fingerprint": decomposition.target_fingerprint,
-        "decomposition": fingerprint(decomposition.subnetworks),
-        "commit": made["git_commit"],
-        "versions": made["versions"],
-        "created": made["created"],
+        **fingerprints_of(decomposition),
+        **made_by(),
         "seed": settings.seed,
         "split": split,
         "limit": limit,
@@ -460,5 +520,9 @@ def manifest_of(
         "figures": decomposition.config()["figures"],
         "deltas": deltas,
         "attribution": "occlusion" if closer.attributed else None,
+        "n_attributed": closer.attributed,  # of each subnetwork's top samples, the first so many
+        "n_top": settings.top,
+        "n_background": len(closer.background),
+        "n_controls": settings.controls,
         "tables": dict(written),
     }

@@ -38,9 +38,10 @@ def attribution(
     references: Tensor,
     strangers: Tensor | None = None,
     batch_size: int = 64,
+    firsts: Sequence[int] | None = None,
 ) -> list[tuple[Tensor, int, int]]:
     """The share of each part of each entry's input in one subnetwork's coefficient: (values [height * width], height,
-    width) per entry; of text a value for each token, 0 behind the position.
+    width) per entry; of text a value for each token from its `first` on, 0 behind the position.
 
     Args:
         extractor: the fast engine on the decomposition's target.
@@ -50,6 +51,7 @@ def attribution(
         references: one for all, [1, ...].
         strangers: token ids to put in the place of others, [M, S] (of text only).
         batch_size: covered inputs at a time.
+        firsts: of text, where each entry's values begin; None: at its first token.
     """
     kind, found = kind_of(batch), []
     for i, (position, k) in enumerate(zip(positions, subnetworks, strict=True)):
@@ -58,7 +60,7 @@ def attribution(
             covered, parts = _images(input_of(one))
         elif kind == "text":
             assert strangers is not None
-            covered, parts = _texts(input_of(one), position, strangers)
+            covered, parts = _texts(input_of(one), position, strangers, 0 if firsts is None else firsts[i])
         else:
             covered, parts = _vectors(input_of(one))
         everything = torch.cat([input_of(one), covered])
@@ -112,18 +114,18 @@ def _images(image: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(covered), torch.cat(parts)
 
 
-def _texts(ids: Tensor, position: int, strangers: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies of [1, S] with one token at or before `position` replaced, and which, [M, 1, S]."""
+def _texts(ids: Tensor, position: int, strangers: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Copies of [1, S] with one token from `first` to `position` replaced, and which, [M, 1, S - first]."""
     length = ids.shape[1]
     last = length - 1 if position < 0 else position
     covered, parts = [], []
-    for place in range(last + 1):
-        others = strangers[:, place]
+    for place in range(first, last + 1):
+        others = strangers[:, min(place, strangers.shape[1] - 1)]
         others = others[others != ids[0, place]].unique()[:REPLACEMENTS]
         copies = ids.repeat(len(others), 1)
         copies[:, place] = others
-        part = torch.zeros(len(others), 1, length, device=ids.device)
-        part[:, :, place] = 1
+        part = torch.zeros(len(others), 1, length - first, device=ids.device)
+        part[:, :, place - first] = 1
         covered.append(copies)
         parts.append(part)
     return torch.cat(covered), torch.cat(parts)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,24 +16,26 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from l3d_pl.analysis.analyse import CONTROLS, RANDOM_DIRECTIONS
+from l3d_pl.analysis.analyse import CONTROLS
 from l3d_pl.analysis.interventions import (
+    Sweep,
     curve_rows,
     direction_of,
     effect_rows,
     mean_rows,
+    named_outputs,
     random_directions,
     sweep,
 )
 from l3d_pl.analysis.items import kind_of, output_names
-from l3d_pl.analysis.outputs import Direction, only_positions
-from l3d_pl.analysis.runs import Run, placed
+from l3d_pl.analysis.outputs import Direction, derivatives, only_positions
+from l3d_pl.analysis.runs import Run, fingerprints_of, placed
 from l3d_pl.analysis.survey import extractor_of
-from l3d_pl.analysis.tables import read_manifest, read_table, replace
+from l3d_pl.analysis.tables import made_by, read_manifest, read_table, replace, write_manifest
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.errors import L3DError
 
-RELEVANT, SHOWN = 10, 3  # top samples of each subnetwork that are measured, and those whose outputs are written
+SHOWN = 3  # top samples whose outputs are written
 
 
 def intervene(
@@ -43,9 +47,10 @@ def intervene(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """f(x, W0 + sum_k delta_k v_k) on the samples that `l3d analyze` has found for these subnetworks.
 
-    Relevant samples are the top ones of any of the subnetworks, irrelevant are the random ones in which none is active.
-    The controls take the same steps: along random unit directions (each v_k by one of its own ranks, as long in each
-    tensor; means over two), and as far along the mean gradient of the random samples.
+    Relevant samples are the top ones of any of the subnetworks, irrelevant are the random ones in which none is active;
+    relevant outputs those of highest summed |derivative| along the v_k. The controls take the same steps: along random
+    unit directions (each v_k by one of its own ranks, as long in each tensor; means over as many as the analysis took),
+    and as far along the mean gradient of the random samples.
 
     Args:
         deltas: steps; None: those of the analysis.
@@ -53,54 +58,72 @@ def intervene(
         grid: every combination of steps, one for each subnetwork; else all take the same step.
 
     Returns:
-        curves: rows for each step: `control` (subnetwork, random or gradient), `delta_<k>`, `relevant`, `irrelevant`,
-            `selectivity`, `kl_inactive`, `loss_change`.
+        curves: rows for each step: `control` (subnetwork, random or gradient), `delta_<k>`, and the figures of the
+            table `curves`.
         effects: outputs of some samples: `delta_<k>`, `sample`, `position`, `output`, `name`, `value`.
 
     Raises:
         L3DError: no such subnetwork or tensor, or the run has not been analysed.
     """
-    if not subnetworks:
-        raise L3DError("subnetwork: found none, at least 1 is needed")
+    if not subnetworks or len(set(subnetworks)) < len(subnetworks):
+        found = ", ".join(map(str, subnetworks)) or "none"
+        raise L3DError(f"subnetwork: found {found}, allowed is each once, at least 1")
     folder, decomposition = run.folder / "analysis", run.decomposition
     manifest = read_manifest(folder)
-    if manifest["fingerprint"] != decomposition.target_fingerprint:
-        raise L3DError(f"analysis: {folder} is of another target model; `l3d analyze {run.folder}` makes it again")
+    here = fingerprints_of(decomposition)
+    if any(manifest[key] != value for key, value in here.items()):
+        raise L3DError(f"analysis: {folder} is of an earlier fit; `l3d analyze {run.folder}` makes it again")
     entries = run.entries(manifest["split"], manifest["limit"])
     steps = list(manifest["deltas"] if deltas is None else deltas)
     combinations = list(product(steps, repeat=len(subnetworks)) if grid else ((d,) * len(subnetworks) for d in steps))
-    directions = [
-        direction_of(decomposition, dict(zip(subnetworks, deltas, strict=True)), parameters) for deltas in combinations
-    ]  # (before any data are read: it refuses what there is not)
+    asked = [dict(zip(subnetworks, combination, strict=True)) for combination in combinations]
+    for k in subnetworks:
+        direction_of(decomposition, {k: 1.0}, parameters)  # (before any data are read: it refuses what there is not)
 
     tables = pd.concat([read_table(folder, "samples", k) for k in subnetworks])
-    top = tables[(tables["kind"] == "top") & (tables["place"] < RELEVANT)].drop_duplicates(["sample", "position"])
-    random = tables[tables["kind"] == "random"].groupby(["sample", "position"], sort=True)["active"].any().reset_index()
+    top = tables[tables["kind"] == "top"].drop_duplicates(["sample", "position"])
+    tables = pd.concat([read_table(folder, "background", k) for k in subnetworks])
+    random = tables.groupby(["sample", "position"], sort=True)["active"].any().reset_index()
     rows = [(int(row.sample), int(row.position)) for row in [*top.itertuples(), *random.itertuples()]]
-    entries.keep(sorted({sample for sample, _ in rows}))
-    device = next(decomposition.subnetworks.parameters()).device
-    batch = only_positions(
-        placed(entries.pick([sample for sample, _ in rows]), device), [position for _, position in rows]
-    )
-    found = sweep(decomposition, batch, [(1.0, direction) for direction in directions])
+    samples = sorted({sample for sample, _ in rows})
+    entries.keep(samples)
+    items = read_table(folder, "items")
+    known = dict(zip(items["sample"].tolist(), items["checksum"].tolist(), strict=True))
+    entries.require_same({sample: known[sample] for sample in samples if sample in known})
+
+    def pick(rows: Sequence[tuple[int, int]]) -> Any:
+        device = next(decomposition.subnetworks.parameters()).device
+        picked = placed(entries.pick([sample for sample, _ in rows]), device)
+        return only_positions(picked, [position for _, position in rows])
+
+    batch, near = pick(rows), pick(rows[: len(top)])
     relevant, background = torch.arange(len(top)), len(top) + torch.arange(len(random))
     inactive = background[~torch.tensor(random["active"].to_numpy(dtype=bool))]
-    asked = [dict(zip(subnetworks, combination, strict=True)) for combination in combinations]
-    rows_of = {"subnetwork": curve_rows(found, relevant, inactive, background)}
-    alone = [
-        curve_rows(
-            sweep(decomposition, batch, [(1.0, direction) for direction in control]), relevant, inactive, background
-        )
-        for control in (
-            *_random(decomposition, asked, directions, manifest["seed"]),
-            _along(mean_gradient(decomposition, batch, background, manifest["seed"]), asked, directions),
-        )
-    ]
-    rows_of |= {"random": mean_rows(alone[:-1]), "gradient": alone[-1]}
-    names = output_names(decomposition.target, run.data, found.outputs.shape[2], kind_of(batch))
+    shown = [*range(min(SHOWN, len(top))), *inactive[:1].tolist()]
+    most = sum(
+        derivatives(decomposition, near, direction_of(decomposition, {k: 1.0}, parameters))[1].abs()
+        for k in subnetworks
+    )
+    named = named_outputs(most)  # type: ignore[arg-type]
+
+    def curve(steps: Iterable[Direction], shown: Sequence[int] = ()) -> tuple[list[dict[str, Any]], Sweep]:
+        found = sweep(decomposition, batch, ((1.0, direction) for direction in steps), named=named, shown=shown)
+        return curve_rows(found, relevant, inactive, background), found
+
+    def directions() -> Iterator[Direction]:  # one after the other: each is as large as the tensors
+        return (direction_of(decomposition, steps, parameters) for steps in asked)
+
+    own, looked = curve(directions(), shown)
+    controls = [curve(steps)[0] for steps in _random(decomposition, asked, directions, manifest)]
+    gradient = mean_gradient(decomposition, batch, background, manifest["seed"])
+    rows_of = {
+        "subnetwork": own,
+        "random": mean_rows(controls),
+        "gradient": curve(_along(gradient, asked, directions()))[0],
+    }
+    names = output_names(decomposition.target, run.data, looked.outputs.shape[2], kind_of(batch))
     curves, effects = [], []
-    shown = [(i, *rows[i]) for i in [*range(min(SHOWN, len(top))), *inactive[:1].tolist()]]
-    of_sample = effect_rows(found, shown, names)
+    of_sample = effect_rows(looked, [rows[i] for i in shown], names)
     each = len(of_sample) // (len(shown) * len(combinations))
     columns = [{f"delta_{k}": delta for k, delta in steps.items()} for steps in asked]
     for control in CONTROLS:
@@ -117,29 +140,29 @@ def intervene(
 
 
 def _random(
-    decomposition: Decomposition, asked: Sequence[Mapping[int, float]], directions: Sequence[Direction], seed: int
-) -> list[list[Direction]]:
+    decomposition: Decomposition,
+    asked: Sequence[Mapping[int, float]],
+    directions: Callable[[], Iterable[Direction]],
+    manifest: Mapping[str, Any],
+) -> Iterator[Iterator[Direction]]:
     """For each of some draws: what every step would be with random directions in place of the v_k."""
-    drawn = {k: random_directions(decomposition, k, RANDOM_DIRECTIONS, seed) for k in asked[0]}
-    return [
-        [
+    n = manifest["n_controls"]
+    drawn = {k: random_directions(decomposition, k, n, manifest["seed"]) for k in asked[0]}
+    for r in range(n):
+        yield (
             {name: sum(delta * drawn[k][r][name] for k, delta in steps.items()) for name in direction}  # type: ignore[misc]
-            for steps, direction in zip(asked, directions, strict=True)
-        ]
-        for r in range(RANDOM_DIRECTIONS)
-    ]
+            for steps, direction in zip(asked, directions(), strict=True)
+        )
 
 
 def _along(
-    gradient: Direction, asked: Sequence[Mapping[int, float]], directions: Sequence[Direction]
-) -> list[Direction]:
+    gradient: Direction, asked: Sequence[Mapping[int, float]], directions: Iterable[Direction]
+) -> Iterator[Direction]:
     """Every step turned along the gradient, of the same tensors and as long; its sign is that of the summed deltas."""
-    result: list[Direction] = []
     for steps, direction in zip(asked, directions, strict=True):
         own, its = _norm(direction), _norm({name: gradient[name] for name in direction})
         length = math.copysign(own / max(its, 1e-30), sum(steps.values()))
-        result.append({name: length * gradient[name] for name in direction})
-    return result
+        yield {name: length * gradient[name] for name in direction}
 
 
 def _norm(direction: Direction) -> float:
@@ -169,19 +192,28 @@ def intervene_run(
     parameters: Sequence[str] | None = None,
     grid: bool = False,
 ) -> Path:
-    """`intervene`, written to `<run>/analysis/interventions/<subnetworks>.parquet` and `.csv`, and printed."""
+    """`intervene`, written to `<run>/analysis/interventions` as tables with a manifest, and printed.
+
+    They are named after the subnetworks (and the tensors, if not all are moved): `3-5-grid.parquet`, `.csv`, `.json`.
+    """
     curves, effects = intervene(run, subnetworks, deltas, parameters, grid)
     folder = run.folder / "analysis" / "interventions"
+    name = "-".join(map(str, subnetworks)) + ("-grid" if grid else "") + _suffix(parameters)
+    (folder / f"{name}.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    name = "-".join(map(str, subnetworks)) + ("-grid" if grid else "")
     for part, frame in (("", curves), ("-effects", effects)):
         replace(folder / f"{name}{part}.parquet", lambda path, frame=frame: frame.to_parquet(path, index=False))
         replace(folder / f"{name}{part}.csv", lambda path, frame=frame: frame.to_csv(path, index=False))
+    about = read_manifest(run.folder / "analysis")
+    arguments = {"subnetworks": subnetworks, "deltas": deltas, "parameters": parameters, "grid": grid}
+    same = {key: about[key] for key in ("seed", "split", "limit", "n_top", "n_background", "n_controls")}
+    made = fingerprints_of(run.decomposition) | same | made_by()
+    write_manifest(folder, {"arguments": arguments} | made, f"{name}.json")
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     where = f", in {', '.join(parameters)} only" if parameters else ""
     console.print(_table(curves, f"W0 + sum of delta v_k, k = {', '.join(map(str, subnetworks))}{where}"))
-    scale = max(read_manifest(run.folder / "analysis")["deltas"])
+    scale = max(about["deltas"])
     farthest = float(curves[[f"delta_{k}" for k in subnetworks]].abs().to_numpy().max())
     far = f"; the largest here is {farthest / scale:.2g} times that" if farthest > scale else ""
     print(f"steps of this run's analysis: up to ±{scale:g}, where outputs move clearly{far}")
@@ -189,36 +221,53 @@ def intervene_run(
     return folder / f"{name}.csv"
 
 
+def _suffix(parameters: Sequence[str] | None) -> str:
+    """What tells the files of some tensors from others: the patterns, with a checksum where they are no file name."""
+    if parameters is None:
+        return ""
+    patterns = "+".join(sorted(parameters))
+    readable = re.sub(r"[^\w.+-]+", "_", patterns)[:60]
+    return f"-in-{readable}" + ("" if readable == patterns else f"-{zlib.crc32(patterns.encode()):08x}")
+
+
 def _table(frame: pd.DataFrame, title: str) -> Table:
+    told = [
+        name for name in frame if not name.endswith("_std") and name not in ("outputs_relevant", "outputs_irrelevant")
+    ]
     table = Table(title=title, title_justify="left")
-    for column in frame.columns:
+    for column in told:
         table.add_column(column, justify="left" if column == "control" else "right")
     for control, rows in frame.groupby("control", sort=False):
-        for row in rows.drop(columns="control").itertuples(index=False):
-            table.add_row(str(control), *("" if pd.isna(value) else f"{value:.4g}" for value in row))
+        for row in rows.to_dict("records"):
+            spread = {name: row.get(f"{name}_std") for name in told}
+            cells = ["" if pd.isna(row[name]) else f"{row[name]:.4g}" for name in told if name != "control"]
+            more = ["" if pd.isna(spread[name]) else f" ± {spread[name]:.1g}" for name in told if name != "control"]
+            table.add_row(
+                str(control), *(cell + (extra if cell else "") for cell, extra in zip(cells, more, strict=True))
+            )
         table.add_section()
     return table
 
 
 def summary_of(folder: Path, top: int = 8) -> Table:
     """What `l3d analyze` ends with: the most active subnetworks."""
-    subnetworks, outputs = read_table(folder, "subnetworks"), read_table(folder, "outputs")
+    subnetworks, outputs = read_table(folder, "subnetworks"), read_table(folder, "outputs_summary")
     n = len(subnetworks)
     table = Table(title=f"{min(top, n)} of {n} subnetworks, most active first", title_justify="left")
     for column in ("k", "P_act", "impact", "raises", "lowers"):
         table.add_column(column, justify="right" if column in ("k", "P_act", "impact") else "left")
     for row in subnetworks.sort_values("p_act", ascending=False, kind="stable").head(top).itertuples():
-        mine = outputs[(outputs["subnetwork"] == row.subnetwork) & (outputs["kind"] == "top")]
-        named = [_most(mine[mine["direction"] == direction]) for direction in ("raised", "lowered")]
+        mine = outputs[outputs["subnetwork"] == row.subnetwork]
+        named = [_names(mine[mine["direction"] == direction]) for direction in ("raised", "lowered")]
         impact = f"{row.impact_mean:.3g} ± {row.impact_se:.1g}"
         table.add_row(str(row.subnetwork), f"{row.p_act:.3f}", impact, *(Text(name) for name in named))
     return table
 
 
-def _most(rows: pd.DataFrame, n: int = 4) -> str:
-    """The outputs that move most, summed over samples."""
-    sizes = rows.groupby("name")["derivative"].sum().abs().sort_values(ascending=False, kind="stable")
-    return "  ".join(repr(name) if name != name.strip() else name for name in map(str, sizes.head(n).index))
+def _names(rows: pd.DataFrame, n: int = 4) -> str:
+    """The first outputs of a summary."""
+    names = rows.sort_values("rank")["name"].head(n)
+    return "  ".join(repr(name) if name != name.strip() else name for name in map(str, names))
 
 
 __all__ = ["intervene", "intervene_run", "summary_of"]

@@ -1,14 +1,16 @@
 """f(x, W0 + sum_k delta_k v_k): what moves, for which samples, against what a direction without meaning would do.
 
 The change of a sample is the summed |change| of its outputs. *Selectivity* is the mean change of the relevant samples,
-a subnetwork's top ones, over that of the irrelevant: random samples in which it is inactive. Controls take the same
-steps along a random unit direction (of the same ranks, and as long in each tensor) and along the mean gradient.
+a subnetwork's top ones, over that of the irrelevant: random samples in which it is inactive. Selectivity of outputs is,
+within the relevant samples, the mean |change| of the outputs that v moves most at delta = 0 over that of all others.
+Controls take the same steps along a random unit direction (of the same ranks, and as long in each tensor) and along the
+mean gradient; what is relevant stays v's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,34 +27,43 @@ from l3d_pl.gradients.samples import choose_samples
 from l3d_pl.subnetworks import Subnetworks
 from l3d_pl.targets.frozen import matches_pattern, near_patterns
 
+SPREAD = ("relevant", "selectivity", "outputs_selectivity")  # told with their spread over random directions
 GRID = (-1.0, -0.5, -0.2, -0.05, 0.0, 0.05, 0.2, 0.5, 1.0)  # of a run's own scale
+
+
+NAMED = 5  # outputs of a sample that count as moved most, and a quarter of all at most
 
 
 @dataclass
 class Sweep:
-    """Outputs of the same samples along a direction.
+    """Outputs of the same samples along a direction; what is as large as all of them is reduced at each step.
 
     Attributes:
         deltas: D steps.
-        outputs: to read (see `probabilities`), [D, N, n_outputs].
+        change: summed |change| of each sample's outputs to read (see `probabilities`), [D, N].
+        named, others: mean |change| of the outputs named for each of the first M samples, and of all others, [D, M].
         divergences: D(output there, output at 0) of each sample, [D, N].
         against: D(output there, reference), [D, N], where references were given.
         losses: the task's loss of each entry, [D, B]; None without labels.
-        origin: outputs at delta = 0, [N, n_outputs]; `origin_losses` [B]; `origin_against` [N].
+        outputs: to read, of the S samples shown, [D, S, n_outputs].
+        origin: the same at delta = 0, [S, n_outputs]; `origin_losses` [B]; `origin_against` [N].
     """
 
     deltas: list[float]
-    outputs: Tensor
+    change: Tensor
+    named: Tensor | None
+    others: Tensor | None
     divergences: Tensor
     against: Tensor | None
     losses: Tensor | None
+    outputs: Tensor
     origin: Tensor
     origin_losses: Tensor | None
     origin_against: Tensor | None
 
     def changes(self) -> Tensor:
         """Summed |change| of each sample's outputs, [D, N]."""
-        return (self.outputs - self.origin).abs().sum(2)
+        return self.change
 
 
 def direction_of(
@@ -81,8 +92,10 @@ def direction_of(
 def sweep(
     decomposition: Decomposition,
     batch: Any,
-    steps: Sequence[tuple[float, Direction]],
+    steps: Iterable[tuple[float, Direction]],
     references: Tensor | None = None,
+    named: Tensor | None = None,
+    shown: Sequence[int] | None = None,
 ) -> Sweep:
     """The target's outputs at W0 and at each step away from it.
 
@@ -90,32 +103,59 @@ def sweep(
         batch: its samples are those that `choose_samples` says.
         steps: (delta, direction): W0 + delta direction.
         references: y of every sample, for the divergence along the way.
+        named: outputs of each of the first M samples that are told from the others, [M, m].
+        shown: samples whose outputs are kept; None: all.
     """
     target, divergence = decomposition.target, decomposition.divergence
     output = outputs_of(target, batch)
     samples = choose_samples(decomposition.sample, batch, output, None, None)
-    original = samples.outputs(wide(output))
+    original, at_origin = samples.outputs(wide(output)), probabilities(divergence, output, samples)
+    kept = slice(None) if shown is None else torch.tensor(shown, dtype=torch.int64, device=output.device)
 
-    def look(output: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        own = samples.outputs(wide(output))
-        away = divergence(*samples.comparable(own, original))
-        against = None if references is None else divergence(*samples.comparable(own, references.expand_as(own)))
-        return probabilities(divergence, output, samples), away, against, task_loss(batch, output)
+    def look(output: Tensor) -> dict[str, Any]:
+        own, outputs = samples.outputs(wide(output)), probabilities(divergence, output, samples)
+        moved = (outputs - at_origin).abs()
+        found: dict[str, Any] = {
+            "change": moved.sum(1),
+            "divergences": divergence(*samples.comparable(own, original)),
+            "against": None if references is None else divergence(*samples.comparable(own, references.expand_as(own))),
+            "losses": task_loss(batch, output),
+            "outputs": outputs[kept],
+            **dict.fromkeys(("named", "others")),
+        }
+        if named is not None:
+            moved = moved[: len(named)].double()
+            mine = moved.gather(1, named.to(moved.device)).sum(1)
+            found |= {
+                "named": mine / named.shape[1],
+                "others": (moved.sum(1) - mine) / (moved.shape[1] - named.shape[1]),
+            }
+        return found
 
-    at_origin, found = look(output), []
+    deltas, still, found = [], look(output), []
     for delta, direction in steps:
+        deltas.append(delta)
         if delta == 0:
-            found.append(at_origin)
+            found.append(still)
             continue
         with pushed(target, direction, delta):
             found.append(look(outputs_of(target, batch)))
-    outputs, away, against, losses = (
-        None if values[0] is None else torch.stack(values) for values in zip(*found, strict=True)
+    stacked: dict[str, Any] = {
+        name: None if still[name] is None else torch.stack([step[name] for step in found]) for name in still
+    }
+    return Sweep(
+        deltas, **stacked, origin=at_origin[kept], origin_losses=still["losses"], origin_against=still["against"]
     )
-    origin, _, origin_against, origin_losses = at_origin
-    assert outputs is not None
-    assert away is not None
-    return Sweep([delta for delta, _ in steps], outputs, away, against, losses, origin, origin_losses, origin_against)
+
+
+def named_outputs(moved: Tensor) -> Tensor | None:
+    """The outputs of highest |derivative| of each sample, [M, m]; None where there is one output, and so no other.
+
+    Args:
+        moved: [M, n_outputs], as `derivatives` gives it.
+    """
+    n = moved.shape[1]
+    return None if n < 2 else moved.abs().topk(max(1, min(NAMED, n // 4)), 1).indices
 
 
 def task_loss(batch: Any, output: Tensor) -> Tensor | None:
@@ -148,6 +188,7 @@ def curve_rows(found: Sweep, relevant: Tensor, irrelevant: Tensor, background: T
     changes, rows = found.changes(), []
     for d, delta in enumerate(found.deltas):
         near, far = (_mean(changes[d], index) for index in (relevant, irrelevant))
+        named, others = (None if part is None else float(part[d].mean()) for part in (found.named, found.others))
         loss = None
         if found.losses is not None and found.origin_losses is not None:
             loss = _mean(found.losses[d] - found.origin_losses, background)
@@ -159,6 +200,9 @@ def curve_rows(found: Sweep, relevant: Tensor, irrelevant: Tensor, background: T
                 "selectivity": near / far if far > 0 else math.nan,
                 "kl_inactive": _mean(found.divergences[d], irrelevant),
                 "loss_change": loss,
+                "outputs_relevant": named,
+                "outputs_irrelevant": others,
+                "outputs_selectivity": named / others if named is not None and others else math.nan,
             }
         )
     return rows
@@ -169,27 +213,34 @@ def _mean(values: Tensor, index: Tensor) -> float:
 
 
 def mean_rows(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """The mean of several curves (of random directions), number by number; selectivity is that of the means."""
+    """The mean of several curves (of random directions), number by number, and the standard deviation of some.
+
+    Selectivity is that of the means.
+    """
     result = []
     for rows in zip(*runs, strict=True):
-        mean: dict[str, Any] = {
-            key: None if rows[0][key] is None else sum(row[key] for row in rows) / len(rows) for key in rows[0]
-        }
-        mean["selectivity"] = mean["relevant"] / mean["irrelevant"] if mean["irrelevant"] else math.nan
+        values = {key: None if rows[0][key] is None else [float(row[key]) for row in rows] for key in rows[0]}
+        mean: dict[str, Any] = {key: None if own is None else sum(own) / len(own) for key, own in values.items()}
+        for prefix in ("", "outputs_"):
+            near, far = mean[f"{prefix}relevant"], mean[f"{prefix}irrelevant"]
+            mean[f"{prefix}selectivity"] = near / far if near is not None and far else math.nan
+        for key in SPREAD:
+            own = values[key]
+            mean[f"{key}_std"] = None if own is None or len(own) < 2 else float(torch.tensor(own).double().std())
         result.append(mean)
     return result
 
 
 def effect_rows(
-    found: Sweep, chosen: Sequence[tuple[int, int, int]], names: Sequence[str], top: int = 8
+    found: Sweep, chosen: Sequence[tuple[int, int]], names: Sequence[str], top: int = 8
 ) -> list[dict[str, Any]]:
     """Rows of the table `effects`, without subnetwork: the outputs that move most, at each delta.
 
     Args:
-        chosen: (place in the sweep, sample, position) of each sample to show.
+        chosen: (sample, position) of each sample shown.
     """
     rows = []
-    for place, sample, position in chosen:
+    for place, (sample, position) in enumerate(chosen):
         outputs = found.outputs[:, place]
         reach = (outputs - found.origin[place]).abs().amax(0)
         most = reach.topk(min(top, len(reach))).indices.tolist()
@@ -246,7 +297,7 @@ def natural_scale(
     largest = float(torch.stack([tensors[name].norm() for name in decomposition.subnetworks.shapes]).norm())
     steps = [largest / 2**i for i in range(halvings)]
     moved = [
-        sweep(decomposition, batch, [(sign * step, v) for step in steps for sign in (1, -1)]).changes()
+        sweep(decomposition, batch, [(sign * step, v) for step in steps for sign in (1, -1)], shown=()).changes()
         for v, batch in looks
     ]
     sizes = torch.stack([changes.double().mean(1).view(-1, 2).mean(1) for changes in moved]).median(0).values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from l3d_pl.gradients.forward import inputs_of, tensors_of
 
 THUMBNAIL = 96  # pixels, the longer side at most
 MANY_NAMES = 10_000  # above it, names of outputs go to a table of their own
-SHOWN_TOKENS = 256  # of a sequence
+SHOWN_TOKENS, AFTER = 256, 64  # of a sequence at least, so many of them behind the last one that is marked
 
 
 def input_of(batch: Any) -> Tensor:
@@ -54,31 +54,38 @@ def labels_of(batch: Any) -> Tensor | None:
 
 
 def output_names(target: Any, data: Any, n_outputs: int, kind: str) -> list[str]:
-    """A name for each output: the token, the class, or its number."""
-    tokenizer = getattr(data, "tokenizer", None)
-    if kind == "text" and tokenizer is not None:
-        return [tokenizer.decode([i]) if i < len(tokenizer) else str(i) for i in range(n_outputs)]
+    """A name for each output: the class, the token of a vocabulary, or its number."""
     classes = getattr(data, "classes", None)
     if classes is not None and len(classes) == n_outputs:
         return [str(name) for name in classes]
     labels = getattr(getattr(target, "config", None), "id2label", None)
-    if kind == "image" and labels and len(labels) == n_outputs:
+    if kind in ("text", "image") and labels and len(labels) == n_outputs:
         return [str(labels[i]) for i in range(n_outputs)]
+    tokenizer = getattr(data, "tokenizer", None)
+    if kind == "text" and tokenizer is not None and n_outputs >= getattr(tokenizer, "vocab_size", len(tokenizer)):
+        return [tokenizer.decode([i]) if i < len(tokenizer) else str(i) for i in range(n_outputs)]
     return [str(i) for i in range(n_outputs)]
 
 
-def item_rows(batch: Any, entries: Sequence[int], data: Any = None) -> list[dict[str, Any]]:
-    """Rows of the table `items`.
+def item_rows(
+    batch: Any, entries: Sequence[int], data: Any = None, marked: Mapping[int, Collection[int]] | None = None
+) -> list[dict[str, Any]]:
+    """Rows of the table `items`, without checksums.
 
     Args:
         batch: of these entries.
         data: the data module; its tokenizer and its classes are used where it has them.
+        marked: positions of each entry that have to be seen.
     """
     kind, tensor, labels = kind_of(batch), input_of(batch).cpu(), labels_of(batch)
     rows: list[dict[str, Any]] = [{"sample": int(entry), "kind": kind} for entry in entries]
     for i, row in enumerate(rows):
         if kind == "text":
-            row |= {"tokens": _tokens(batch, tensor, i, getattr(data, "tokenizer", None)), "first": 0}
+            first, stop = window(length_of_text(batch, i), (marked or {}).get(row["sample"], ()))
+            row |= {
+                "tokens": _decoded(tensor[i, first:stop].tolist(), getattr(data, "tokenizer", None)),
+                "first": first,
+            }
         elif kind == "image":
             png, width, height = thumbnail(tensor[i])
             row |= {"png": png, "width": width, "height": height}
@@ -91,12 +98,24 @@ def item_rows(batch: Any, entries: Sequence[int], data: Any = None) -> list[dict
     return rows
 
 
-def _tokens(batch: Any, ids: Tensor, row: int, tokenizer: Any) -> list[str]:
-    """The tokens of a sequence as text, without padding at its end."""
+def length_of_text(batch: Any, row: int) -> int:
+    """Tokens of a sequence without padding at its end."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    length = ids.shape[1] if mask is None else int(mask[row].nonzero().max()) + 1
-    shown = ids[row, : min(length, SHOWN_TOKENS)].tolist()
-    return [str(i) if tokenizer is None else tokenizer.decode([i]) for i in shown]
+    return input_of(batch).shape[1] if mask is None else int(mask[row].nonzero().max()) + 1
+
+
+def window(length: int, marked: Collection[int]) -> tuple[int, int]:
+    """Which tokens of a sequence are shown, [first, stop): `SHOWN_TOKENS` of them, or more where marked ones are apart.
+
+    A token position is read from what comes before it, so most of a window does.
+    """
+    first, last = min(marked, default=-1), max(marked, default=-1)
+    stop = min(length, max(last + AFTER, SHOWN_TOKENS))
+    return max(0, min(first + AFTER, stop) - SHOWN_TOKENS), stop
+
+
+def _decoded(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    return [str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids]
 
 
 def thumbnail(image: Tensor) -> tuple[bytes, int, int]:

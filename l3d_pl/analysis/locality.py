@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,3 +46,29 @@ def locality_rows(found: Sweep, slope: Tensor, relevant: Tensor) -> list[dict[st
         }
         for d, delta in enumerate(found.deltas)
     ]
+
+
+def local_to(rows: Sequence[Mapping[str, Any]], tolerance: float = 0.1) -> float | None:
+    """The delta up to which the change of D is within `tolerance` of its linear prediction, to both sides.
+
+    The relative error is 0 at 0, and is taken as straight between the steps. Where it stays below, the shorter side's
+    last step; None where the prediction is no change.
+
+    Args:
+        rows: as `locality_rows` gives them.
+    """
+    reach = []
+    for sign in (1, -1):
+        before = (0.0, 0.0)  # delta, error
+        for row in sorted((row for row in rows if sign * row["delta"] > 0), key=lambda row: abs(row["delta"])):
+            delta, error = abs(row["delta"]), abs(row["change"] - row["linear"])
+            if row["linear"] == 0 or not math.isfinite(error):
+                return None
+            error /= abs(row["linear"])
+            if error > tolerance:
+                share = (tolerance - before[1]) / (error - before[1])
+                before = (before[0] + share * (delta - before[0]), tolerance)
+                break
+            before = (delta, error)
+        reach.append(before[0])
+    return min(reach)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,16 +15,22 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.functional import pad
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
+from l3d_pl.analysis.items import input_of
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.errors import L3DError, require_choice
 from l3d_pl.gradients.forward import batch_size as size_of
 from l3d_pl.gradients.forward import inputs_of
+from l3d_pl.gradients.samples import MASKS
 from l3d_pl.parallel import ALONE, Ranks
+from l3d_pl.targets.frozen import fingerprint
 from l3d_pl.targets.training import load_target
 
 PATHS = ("target_weights", "pretrained", "path", "weights", "tokenizer", "source", "truth")  # may be a name alone
@@ -35,20 +42,22 @@ class Entries:
 
     Args:
         source: a dataset with a length that is indexed by a tensor of row numbers, as those of our data modules are; or
-            anything that gives the same batches each time it is iterated over, such as another data module's loader.
+            another data module's loader, or anything that gives the same entries each time it is iterated over. A
+            `DataLoader` that shuffles is read in its dataset's order instead.
         limit: only the first so many entries; None: all.
+        split: its name.
     """
 
-    def __init__(self, source: Any, limit: int | None = None):
+    def __init__(self, source: Any, limit: int | None = None, split: str = ""):
         if limit is not None and limit < 2:
             raise L3DError(f"samples: found {limit}, allowed are whole numbers >= 2")
-        self.source, self.limit = source, limit
-        self._is_indexed = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+        self.source, self.limit, self.split = in_order(source), limit, split
+        self.is_indexed = hasattr(source, "__getitem__") and hasattr(source, "__len__")
         self._kept: dict[int, Any] = {}
 
     def __len__(self) -> int:
         """Number of entries; of a loader the limit, or 0 where that is not known."""
-        if not self._is_indexed:
+        if not self.is_indexed:
             return self.limit or 0
         return min(len(self.source), self.limit or len(self.source))
 
@@ -56,9 +65,9 @@ class Entries:
         """(its number, its first entry, the batch) of every `ranks`-th batch, from the one numbered `rank`.
 
         Where the batches are cut does not depend on the number of ranks. None has one entry alone (a single one that is
-        left joins the last): it could be compared with no other.
+        left joins the last): it could be compared with no other. Small batches of a loader are joined.
         """
-        if self._is_indexed:
+        if self.is_indexed:
             n = len(self)
             starts = list(range(0, n, batch_size))
             if len(starts) > 1 and n - starts[-1] == 1:
@@ -67,37 +76,64 @@ class Entries:
                 stop = n if number + 1 == len(starts) else starts[number + 1]
                 yield number, starts[number], self.source[torch.arange(starts[number], stop)]
             return
-        number = first = 0
+        first = 0
+        for number, batch in enumerate(self._regrouped(batch_size)):
+            if number % ranks == rank:
+                yield number, first, batch
+            first += length_of(batch)
+
+    def _regrouped(self, batch_size: int) -> Iterator[Any]:
+        """A loader's entries in batches of 2 to `batch_size` + 1; one is held back, for a single entry at the end."""
+        ready = growing = None
+        for loaded in self._loaded():
+            for start in range(0, length_of(loaded), batch_size):
+                piece = take(loaded, slice(start, start + batch_size))
+                n = 0 if growing is None else length_of(growing)
+                if growing is not None and (n == 1 or n + length_of(piece) <= batch_size):
+                    growing = join([growing, piece])
+                    continue
+                if ready is not None:
+                    yield ready
+                ready, growing = growing, piece
+        if ready is not None and growing is not None and length_of(growing) == 1:
+            ready, growing = join([ready, growing]), None
+        yield from (batch for batch in (ready, growing) if batch is not None)
+
+    def _loaded(self) -> Iterator[Any]:
+        """A loader's own batches, up to the limit."""
+        left = self.limit
         for loaded in self.source:
-            n = size_of(inputs_of(loaded))
-            n = n if self.limit is None else min(n, self.limit - first)
-            starts = list(range(0, n, batch_size))
-            if len(starts) > 1 and n - starts[-1] == 1:
-                starts.pop()
-            for start, stop in zip(starts, [*starts[1:], n], strict=True):
-                if number % ranks == rank:
-                    yield number, first + start, take(loaded, slice(start, stop))
-                number += 1
-            first += n
-            if first == self.limit:
+            yield loaded if left is None else take(loaded, slice(0, left))
+            if left is not None and (left := left - length_of(loaded)) <= 0:
                 return
 
     def keep(self, entries: Sequence[int]) -> None:
         """Make ready what `pick` will be asked for: a loader is read once more for them, and they stay in memory."""
-        if self._is_indexed:
+        if self.is_indexed:
             return
         wanted, first = set(entries), 0
-        for loaded in self.source:
-            n = size_of(inputs_of(loaded))
+        for loaded in self._loaded():
+            n = length_of(loaded)
             for i in wanted & set(range(first, first + n)):
-                self._kept[i] = take(loaded, slice(i - first, i - first + 1))
+                one = take(loaded, slice(i - first, i - first + 1))
+                self._kept[i] = tree_map_only(Tensor, torch.clone, one)  # (a view would keep the whole batch)
             first += n
             if len(self._kept) == len(wanted):
                 return
 
+    def require_same(self, known: Mapping[int, int]) -> None:
+        """Raise an `L3DError` unless the entries (of a loader: those kept) still have the `checksums` known."""
+        for i, expected in known.items():
+            if not (self.is_indexed or i in self._kept) or int(checksums(self.pick([i]))[0]) != expected:
+                raise L3DError(
+                    f"data: sample {i} of split '{self.split}' is another one when it is read again: its loader "
+                    "shuffles or augments at random, or the data have changed since `l3d analyze`; allowed are the "
+                    "same entries in the same order"
+                )
+
     def pick(self, entries: Sequence[int]) -> Any:
         """A batch of the given entries, in this order."""
-        if not self._is_indexed:
+        if not self.is_indexed:
             return join([self._kept[i] for i in entries])
         if len(set(entries)) == len(entries) and list(entries) == sorted(entries):
             return self.source[torch.tensor(entries)]
@@ -112,13 +148,61 @@ def take(batch: Any, index: Tensor | slice) -> Any:
 
 
 def join(batches: Sequence[Any]) -> Any:
-    """One batch of several."""
+    """One batch of several. Sequences are padded with 0 at their end, as their masks are.
+
+    Raises:
+        L3DError: entries of different shapes that are no sequences.
+    """
     parts = [tree_flatten(batch) for batch in batches]
     leaves = [
-        torch.cat(same) if isinstance(same[0], Tensor) else same[0]
+        _cat(same) if isinstance(same[0], Tensor) else same[0]
         for same in zip(*(leaves for leaves, _ in parts), strict=True)
     ]
-    return tree_unflatten(leaves, parts[0][1])
+    joined, inputs = tree_unflatten(leaves, parts[0][1]), [input_of(batch) for batch in batches]
+    if len({tensor.shape[1:] for tensor in inputs}) > 1:
+        masked = isinstance(joined, Mapping) and any(name in joined for name in MASKS)
+        if inputs[0].is_floating_point() and not masked:
+            shapes = sorted({str(list(tensor.shape[1:])) for tensor in inputs})
+            raise L3DError(f"data: found entries of shapes {', '.join(shapes)}, allowed is one (sequences are padded)")
+        if isinstance(joined, Mapping) and not masked:  # what is padded here is no sample
+            mask = _cat([torch.ones(tensor.shape[:2], dtype=torch.bool) for tensor in inputs])
+            return dict(joined) | {"sample_mask": mask}
+    return joined
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors below each other, those that are smaller in other dimensions padded with 0."""
+    largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    return torch.cat(
+        [
+            pad(
+                tensor,
+                [n for size, own in zip(largest[::-1], tensor.shape[:0:-1], strict=True) for n in (0, size - own)],
+            )
+            for tensor in tensors
+        ]
+    )
+
+
+def in_order(loader: Any) -> Any:
+    """A `DataLoader` that shuffles in the order of its dataset, and whole; anything else as it is."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return loader
+    if not isinstance(loader.sampler, RandomSampler) or type(loader.batch_sampler) is not BatchSampler:
+        return loader
+    same = {name: getattr(loader, name) for name in ("collate_fn", "num_workers", "worker_init_fn")}
+    return DataLoader(loader.dataset, loader.batch_size, shuffle=False, **same)
+
+
+def length_of(batch: Any) -> int:
+    """Number of entries in a batch."""
+    return size_of(inputs_of(batch))
+
+
+def checksums(batch: Any) -> Tensor:
+    """CRC-32 of each entry's input, int64 [N]; zeros at its end do not count, they may be a batch's padding."""
+    rows = input_of(batch).detach().cpu().contiguous()
+    return torch.tensor([zlib.crc32(row.reshape(-1).view(torch.uint8).numpy().tobytes().rstrip(b"\0")) for row in rows])
 
 
 def placed(batch: Any, device: torch.device) -> Any:
@@ -145,37 +229,57 @@ class Run:
         """The data of a split: `train`, `val` or `test`.
 
         Raises:
-            L3DError: there is no such split, or no data in it.
+            L3DError: there is no such split, or no data of its own in it.
         """
         require_choice("split", split, SPLITS)
         self.data.prepare_data()
         self.data.setup("test" if split == "test" else "fit")
         if hasattr(self.data, "first_dataloader"):  # one of ours: rows that can be indexed, unless it is a stream
             dataset = getattr(self.data, SPLITS[split])
-            dataset = self.data.validation if dataset is None and split == "test" else dataset
             if dataset is not None:
-                return Entries(dataset, limit)
+                return Entries(dataset, limit, split)
             if split == "train" and limit is None:
                 raise L3DError("samples: the training data are a stream without an end; say how many with --samples")
             loader = self.data.first_dataloader() if split == "train" else []
         else:
             loader = getattr(self.data, f"{split}_dataloader")()
-        if next(iter(islice(iter(loader or []), 1)), None) is None:
-            raise L3DError(f"split: '{split}' holds no data, allowed are those of {', '.join(SPLITS)} that do")
-        return Entries(loader, limit)
+            loader = loader[0] if isinstance(loader, list | tuple) and len(loader) == 1 else loader
+        if next(iter(islice(iter([] if loader is None else loader), 1)), None) is None:
+            raise L3DError(
+                f"split: '{split}' holds no data of its own, allowed are those of {', '.join(SPLITS)} that do"
+            )
+        return Entries(loader, limit, split)
 
 
 @contextmanager
-def several_processes(device: str = "cpu") -> Iterator[Ranks]:
-    """The ranks that share the work, where torchrun (or srun) has started several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
+def several_processes(device: str = "cpu") -> Iterator[tuple[Ranks, str]]:
+    """The ranks that share the work, where torchrun or srun has started several, and this one's own device."""
+    environment = os.environ
+    if int(environment.get("WORLD_SIZE", "1")) > 1:
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        address, local = "env://", int(environment.get("LOCAL_RANK", rank))
+    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # srun's: in a batch script there is one process
+        slurm = SLURMEnvironment(auto_requeue=False)
+        address = f"tcp://{slurm.main_address}:{slurm.main_port}"
+        rank, size, local = slurm.global_rank(), int(environment["SLURM_STEP_NUM_TASKS"]), slurm.local_rank()
+    else:
+        yield ALONE, device
         return
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    is_cuda = device.startswith("cuda")
+    if device == "cuda":
+        device = f"cuda:{local % max(1, torch.cuda.device_count())}"  # (each may see only its own)
+    if is_cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if is_cuda else "gloo", init_method=address, rank=rank, world_size=size)
     try:
-        yield Ranks.of_run()
+        yield Ranks.of_run(), device
     finally:
         dist.destroy_process_group()
+
+
+def fingerprints_of(decomposition: Decomposition) -> dict[str, str | None]:
+    """Of the target and of the decomposition itself, as a manifest keeps them."""
+    return {"fingerprint": decomposition.target_fingerprint, "decomposition": fingerprint(decomposition.subnetworks)}
 
 
 def load_run(run_dir: Path) -> Decomposition:

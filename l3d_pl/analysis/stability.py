@@ -13,8 +13,8 @@ from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from l3d_pl.analysis.runs import load_run
-from l3d_pl.analysis.tables import replace
+from l3d_pl.analysis.runs import fingerprints_of, load_run
+from l3d_pl.analysis.tables import made_by, replace, write_manifest
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.errors import L3DError, did_you_mean
 from l3d_pl.subnetworks import Directions, Subnetworks
@@ -112,16 +112,25 @@ def draw(found: Comparison, path: Path, names: tuple[str, str]) -> None:
 
 
 def compare_runs(run_a: Path, run_b: Path, seed: int = 0) -> Path:
-    """`l3d compare`: `<run_a>/analysis/compare/<name of run_b>.csv`, `.parquet` and `.png`; prints the figures."""
-    found = compare(load_run(run_a), load_run(run_b), seed)
+    """`l3d compare`: a table, a manifest and a picture in `<run_a>/analysis/compare`; prints the figures.
+
+    They are named after run_b; of a run that lies elsewhere with its fingerprint, as two folders may have one name.
+    """
+    a, b = load_run(run_a), load_run(run_b)
+    found, prints = compare(a, b, seed), [fingerprints_of(side) for side in (a, b)]
     names = run_a.resolve().name, run_b.resolve().name
     folder = run_a / "analysis" / "compare"
     folder.mkdir(parents=True, exist_ok=True)
-    replace(folder / f"{names[1]}.csv", lambda path: found.rows.to_csv(path, index=False))
-    replace(folder / f"{names[1]}.parquet", lambda path: found.rows.to_parquet(path, index=False))
-    draw(found, folder / f"{names[1]}.png", names)
+    is_beside = run_a.resolve().parent == run_b.resolve().parent
+    name = names[1] if is_beside else f"{names[1]}-{str(prints[1]['decomposition'])[:8]}"
+    (folder / f"{name}.json").unlink(missing_ok=True)
+    replace(folder / f"{name}.csv", lambda path: found.rows.to_csv(path, index=False))
+    replace(folder / f"{name}.parquet", lambda path: found.rows.to_parquet(path, index=False))
+    draw(found, folder / f"{name}.png", names)
+    runs = [{"run": str(run), **its} for run, its in zip((run_a, run_b), prints, strict=True)]
+    write_manifest(folder, {"runs": runs, "seed": seed, "figures": found.figures} | made_by(), f"{name}.json")
     print_comparison(found, names)
-    return folder / f"{names[1]}.png"
+    return folder / f"{name}.png"
 
 
 def print_comparison(found: Comparison, names: tuple[str, str]) -> None:

@@ -25,13 +25,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from l3d_pl.analysis.runs import Entries, placed
+from l3d_pl.analysis.runs import Entries, checksums, placed
 from l3d_pl.analysis.tables import replace
 from l3d_pl.decomposition import Decomposition
 from l3d_pl.errors import L3DError
 from l3d_pl.gradients import Extraction, GradientExtractor
 from l3d_pl.parallel import ALONE, Ranks
 from l3d_pl.targets.frozen import fingerprint, select_parameters
+
+SAY_EVERY = 30.0  # seconds between two lines about the progress, where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Settings:
         references: n, references that each sample is compared with.
         batch_size: entries at a time; a sample's references are outputs of its batch.
         top, middle, random: samples to keep for each subnetwork; the random ones are the same for all.
+        background: random samples that interventions are measured on; the `random` ones are the first of them.
+        controls: random directions beside each intervention.
         seed: of references and of random samples.
         skip_bad: leave out samples with a gradient that is not finite, and count them; else they are an error.
         save_every: seconds between two savings of what has been seen so far.
@@ -52,12 +56,23 @@ class Settings:
     top: int = 16
     middle: int = 8
     random: int = 16
+    background: int = 64
+    controls: int = 4
     seed: int = 0
     skip_bad: bool = False
     save_every: float = 30.0
 
     def __post_init__(self) -> None:
-        for key, least in (("references", 1), ("batch_size", 2), ("top", 1), ("middle", 0), ("random", 1)):
+        least_of = {
+            "references": 1,
+            "batch_size": 2,
+            "top": 1,
+            "middle": 0,
+            "random": 1,
+            "background": 1,
+            "controls": 1,
+        }
+        for key, least in least_of.items():
             if getattr(self, key) < least:
                 raise L3DError(f"{key}: found {getattr(self, key)}, allowed are whole numbers >= {least}")
 
@@ -77,32 +92,37 @@ def keys_of(seed: int, sample: Tensor, position: Tensor) -> Tensor:
 class Selection:
     """For each subnetwork the `size` samples of highest score, at most one of each entry; ties go to the first.
 
-    `fields` holds [size, n_v] of each: `score` (-inf: an empty place), `sample`, `position`, and what else is known.
+    `fields` holds [size, n_v] of each: `score` (-inf: an empty place), `sample`, `position`, the `checksum` of its
+    entry, and what else is known.
     """
 
-    WHOLE = ("sample", "position")
+    WHOLE = ("sample", "position", "checksum")
 
     def __init__(self, size: int, n: int):
         self.size = size
         self.fields = {
             name: torch.full((size, n), -math.inf if name == "score" else -1, dtype=self._dtype(name))
-            for name in ("score", "sample", "position", "impact", "impact_se", "coefficient", "active")
+            for name in ("score", *self.WHOLE, "impact", "impact_se", "coefficient", "active")
         }
 
     def _dtype(self, name: str) -> torch.dtype:
         return torch.int64 if name in self.WHOLE else torch.float64
 
-    def update(self, score: Tensor, sample: Tensor, position: Tensor, **values: Tensor) -> None:
+    def update(
+        self, score: Tensor, sample: Tensor, position: Tensor, checksum: Tensor | None = None, **values: Tensor
+    ) -> None:
         """Take in samples, in ascending order of their entries.
 
         Args:
             score: [N, n_v]; -inf for what is not wanted.
-            sample, position: [N].
+            sample, position, checksum: [N].
             values: the other fields, [N, n_v].
         """
         counts = sample.unique_consecutive(return_counts=True)[1]
+        whole = {"sample": sample, "position": position}
+        whole["checksum"] = torch.zeros_like(sample) if checksum is None else checksum
         if len(counts) == len(sample):
-            new = {"score": score, "sample": sample, "position": position} | values
+            new = {"score": score, **whole} | values
         else:  # of each entry the position of highest score, whichever that is for each subnetwork
             starts = counts.cumsum(0) - counts
             slot = torch.arange(len(sample)) - starts.repeat_interleave(counts)
@@ -111,7 +131,7 @@ class Selection:
             padded[group, slot] = score
             best = starts.unsqueeze(1) + padded.argmax(1)  # [entries, n_v]
             new = {name: value.gather(0, best) for name, value in {"score": score, **values}.items()}
-            new |= {"sample": sample[best], "position": position[best]}
+            new |= {name: value[best] for name, value in whole.items()}
         self._keep(new)
 
     def _keep(self, new: Mapping[str, Tensor]) -> None:
@@ -222,14 +242,23 @@ class Survey:
         self.selections = {
             "top": Selection(settings.top, n),
             "middle": Selection(4 * settings.middle, n),
-            "random": Selection(settings.random, n),
+            "random": Selection(max(settings.random, settings.background), n),
         }
 
     @torch.no_grad()
     def look(
-        self, decomposition: Decomposition, extractor: GradientExtractor, batch: Any, number: int, first: int
+        self,
+        decomposition: Decomposition,
+        extractor: GradientExtractor,
+        batch: Any,
+        number: int,
+        first: int,
+        checksum: Tensor | None = None,
     ) -> None:
         """Take in a batch: its gradients against n references each.
+
+        Args:
+            checksum: of each entry, where it is to be known again, [B].
 
         Raises:
             L3DError: a gradient that is not finite.
@@ -268,7 +297,8 @@ class Survey:
         sample, position = samples_of(extraction, first)
         if good is not None:
             sample, position = sample[good.cpu()], position[good.cpu()]
-        self._count(sample, position, **found)
+        checksum = None if checksum is None else checksum[sample - first]
+        self._count(sample, position, checksum, **found)
         self.n_entries += len(sample.unique())
 
     def _good(self, c: Tensor, extraction: Extraction, first: int) -> Tensor:
@@ -288,6 +318,7 @@ class Survey:
         self,
         sample: Tensor,
         position: Tensor,
+        checksum: Tensor | None,
         total: Tensor,
         absolute: Tensor,
         squares: Tensor,
@@ -314,7 +345,7 @@ class Survey:
         scores = {"top": impact, "middle": random.masked_fill(~often, -math.inf), "random": random}
         for name, selection in self.selections.items():
             if selection.size:
-                selection.update(scores[name], sample, position, **values)
+                selection.update(scores[name], sample, position, checksum, **values)
 
     # -- merging, keeping -------------------------------------------------------------------------------------------
 
@@ -356,7 +387,12 @@ class Survey:
         rows = {name: selection.of(k) for name, selection in self.selections.items()}
         by_impact = sorted(rows["middle"], key=lambda row: (-row["impact"], row["sample"]))
         start = max(0, (len(by_impact) - self.settings.middle) // 2)
-        return rows | {"middle": by_impact[start : start + self.settings.middle]}
+        middle = by_impact[start : start + self.settings.middle]
+        return rows | {"middle": middle, "random": rows["random"][: self.settings.random]}
+
+    def background(self, k: int) -> list[dict[str, Any]]:
+        """The random samples that interventions of a subnetwork are measured on: of all subnetworks the same."""
+        return self.selections["random"].of(k)[: self.settings.background]
 
     def mean_gradient(self) -> dict[str, Tensor]:
         """The unit direction of the mean gradient, {name: [*shape]}."""
@@ -403,7 +439,7 @@ def take_survey(
     if state_file is not None:
         done = _load(survey, state_file, identity)
     extractor, device = extractor_of(decomposition), next(decomposition.subnetworks.parameters()).device
-    total = -(-len(entries) // settings.batch_size) or None
+    total = -(-len(entries) // settings.batch_size) or None  # (not known of a loader)
     saved = time.monotonic()
     with progress("samples", None if total is None else -(-total // ranks.size), ranks) as advance:
         batches = entries.batches(settings.batch_size, ranks.rank, ranks.size)
@@ -411,7 +447,8 @@ def take_survey(
             advance()
             if seen <= done:
                 continue
-            survey.look(decomposition, extractor, placed(batch, device), number, first)
+            known = None if entries.is_indexed else checksums(batch)
+            survey.look(decomposition, extractor, placed(batch, device), number, first, known)
             if state_file is not None and time.monotonic() - saved >= settings.save_every:
                 _save(survey, state_file, identity, seen)
                 saved = time.monotonic()
@@ -438,7 +475,7 @@ def identity_of(decomposition: Decomposition, entries: Entries, settings: Settin
         "decomposition": fingerprint(decomposition.subnetworks),
         "target": decomposition.target_fingerprint,
         "threshold": decomposition.threshold,
-        "entries": [len(entries), entries.limit],
+        "entries": [entries.split, len(entries), entries.limit],
         "data": (decomposition.run_config or {}).get("data"),
         "place": [ranks.rank, ranks.size],
         **options,
@@ -467,10 +504,20 @@ def _load(survey: Survey, path: Path, identity: str) -> int:
 
 @contextmanager
 def progress(what: str, total: int | None, ranks: Ranks = ALONE) -> Iterator[Any]:
-    """A progress bar on the first rank's terminal; gives the function that moves it."""
-    with Progress(transient=True, disable=ranks.rank > 0 or not sys.stdout.isatty()) as bar:
+    """The first rank's progress, a bar on a terminal, else a line now and then; gives the function that moves it."""
+    is_first, done, said = ranks.rank == 0, 0, time.monotonic()
+    with Progress(transient=True, disable=not (is_first and sys.stdout.isatty())) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+
+        def advance() -> None:
+            nonlocal done, said
+            bar.advance(task)
+            done += 1
+            if is_first and bar.disable and time.monotonic() - said >= SAY_EVERY:
+                said = time.monotonic()
+                print(f"{what}: {done} of {total or 'an unknown number'}", flush=True)
+
+        yield advance
 
 
 def shared(items: Sequence[Any], ranks: Ranks) -> Sequence[Any]:

@@ -24,8 +24,8 @@ point. Small tables are there as CSV too. In all of them
   is the CRC-32 of the whole input. `token_coefficients`: of all counted positions of sequences that are shown.
 - `outputs`: the outputs that v_k moves most, d output / d delta at delta = 0 (`derivative`) and the output itself.
   `outputs_summary`: those of highest mean derivative over the top samples, and in how many `samples` it has this sign.
-- `attribution`: how much of the coefficient each part of the input carries, flat [height, width] (of a sequence from the
-  position `first` of its item on).
+- `attribution`: how much of the coefficient each part of the input carries, flat [height, width] (of a sequence from
+  the position `first` of its item on).
 - `curves`: against delta: mean summed |change| of the outputs of relevant and irrelevant samples, their quotient, the
   divergence from the unchanged model where v_k is inactive, the change of the task's loss (null without labels);
   `outputs_relevant`, `outputs_irrelevant`, `outputs_selectivity`: in the relevant samples, the mean |change| of the
@@ -47,6 +47,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from l3d_pl.errors import L3DError, require_choice
+from l3d_pl.provenance import provenance
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -191,19 +192,25 @@ def read_table(folder: Path, name: str, subnetwork: int | None = None) -> pd.Dat
         raise L3DError(f"analysis: {path} cannot be read ({error})") from error
 
 
+def made_by() -> dict[str, Any]:
+    """What made a table, for its manifest: commit, versions, time."""
+    made = provenance()
+    return {"commit": made["git_commit"], "versions": made["versions"], "created": made["created"]}
+
+
 def write_manifest(folder: Path, manifest: Mapping[str, Any], name: str = MANIFEST) -> None:
     """Write `manifest.json`; it is the last file to be written: where it is, the tables are complete."""
     content = {"format_version": FORMAT_VERSION} | dict(manifest)
     replace(folder / name, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     """What `write_manifest` wrote.
 
     Raises:
         L3DError: missing, damaged, or of another format version.
     """
-    path = folder / MANIFEST
+    path = folder / name
     try:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
