@@ -445,7 +445,7 @@ def truncate(tensors: Tensor, ranks: Sequence[int]) -> Tucker:
         core = torch.diag_embed(singular)
         core = nn.functional.pad(core, (0, shape[1] - core.shape[2], 0, shape[0] - core.shape[1]))
         core = core[:, : ranks[0], : ranks[1]].contiguous()
-        return Tucker(core, (u[..., : ranks[0]].contiguous(), vh[:, : ranks[1]].mT.contiguous()))
+        return Tucker(core, (_settled(u[..., : ranks[0]], singular), _settled(vh[:, : ranks[1]].mT, singular)))
     with tensorly.backend_context("pytorch", local_threadsafe=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Trying to compute SVD")  # of modes smaller than the rest's rank
         parts = [tensorly_tucker(tensor, rank=list(ranks), init="svd", n_iter_max=10) for tensor in tensors]
@@ -464,4 +464,20 @@ def _subspace_iteration(matrices: Tensor, ranks: Sequence[int], more: int = 8, s
     u, singular, vh = torch.linalg.svd(left.mT @ matrices @ right, full_matrices=False)
     core = torch.diag_embed(singular)[:, : ranks[0], : ranks[1]].contiguous()
     u, v = left @ u[..., : ranks[0]], right @ vh[:, : ranks[1]].mT
-    return Tucker(core, (u.contiguous(), v.contiguous()))
+    return Tucker(core, (_settled(u, singular), _settled(v, singular)))
+
+
+def _settled(vectors: Tensor, singular: Tensor) -> Tensor:
+    """Singular vectors [n, rows, r], where those of singular values that are rounding errors are always the same ones.
+
+    A direction of one sample is often a matrix of rank one. LAPACK's second vector is then any orthogonal one, and
+    another number of processes, which sums in another order, would start, and so end, elsewhere.
+    """
+    largest = 64 * torch.finfo(vectors.dtype).eps * singular[:, :1]
+    known = nn.functional.pad(singular > largest, (0, max(0, vectors.shape[2] - singular.shape[1])))
+    known = known[:, None, : vectors.shape[2]]
+    if bool(known.all()):
+        return vectors.contiguous()
+    random = torch.Generator().manual_seed(0)
+    fixed = torch.randn(vectors.shape[1:], generator=random).to(vectors)
+    return torch.where(known, vectors, torch.linalg.qr(torch.where(known, vectors, fixed)).Q)

@@ -68,7 +68,7 @@ def test_sweep_has_a_task_for_each_line_and_keeps_its_quotes() -> None:
         (["run", "--", *FIT, "--model.parameters", "[nothing]"], "", "pattern 'nothing' matches no parameter"),
         (["run", "--", *FIT, "--model.ranks", "[1]"], "", "ranks of 'W_in'"),
         (["run", "--", *FIT, "--checkpoint.keep", "0"], "", "keep: found 0"),
-        (["run", "--", *FIT, "--trainer.strategy", "ddpp"], "", "trainer: You selected an invalid strategy name"),
+        (["run", "--", *FIT, "--trainer.strategy", "ddpp"], "", "found 'ddpp', allowed are auto, ddp"),
         (["run", "--grid", "grid", "--", *FIT], "--model.k 0.1\n--model.k 7\n", "grid, run 2: k: found 7.0"),
     ],
 )

@@ -146,6 +146,20 @@ def test_truncated_matrices_are_the_best_of_their_rank(shape: tuple[int, int], r
 
 
 @pytest.mark.filterwarnings("ignore:Trying to compute SVD")
+@pytest.mark.parametrize("shape", [(6, 5), (5, 6), (80, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_errors_do_not_choose_directions(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """The gradient of one sample is often a matrix of rank one: what its other factors are must not depend on luck."""
+    torch.manual_seed(0)
+    left, right = torch.rand(3, shape[0], 1, dtype=dtype), torch.rand(3, 1, shape[1], dtype=dtype)
+    matrices = left * right
+    found = truncate(matrices, (3, 3))
+    other = truncate(matrices * (1 + 2 * torch.finfo(dtype).eps * torch.rand_like(matrices)), (3, 3))
+    for factor, again in zip(found.factors, other.factors, strict=True):
+        assert_same(again, factor, 1e3 * torch.finfo(dtype).eps)
+        assert_same(factor.mT @ factor, torch.eye(3, dtype=dtype).expand(3, 3, 3), 1e2 * torch.finfo(dtype).eps)
+
+
 def test_truncation_recovers_tensors_of_low_rank() -> None:
     for shape, ranks in SHAPES:
         tensors = random_tucker(2, shape, ranks).dense()
