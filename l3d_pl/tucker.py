@@ -473,8 +473,8 @@ def _settled(vectors: Tensor, singular: Tensor) -> Tensor:
     A direction of one sample is often a matrix of rank one. LAPACK's second vector is then any orthogonal one, and
     another number of processes, which sums in another order, would start, and so end, elsewhere.
     """
-    largest = 64 * torch.finfo(vectors.dtype).eps * singular[:, :1]
-    known = nn.functional.pad(singular > largest, (0, max(0, vectors.shape[2] - singular.shape[1])))
+    noise = 64 * torch.finfo(vectors.dtype).eps * singular[:, :1]
+    known = nn.functional.pad(singular > noise, (0, max(0, vectors.shape[2] - singular.shape[1])))
     known = known[:, None, : vectors.shape[2]]
     if bool(known.all()):
         return vectors.contiguous()

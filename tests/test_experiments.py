@@ -162,4 +162,4 @@ def test_cells() -> None:
     ]  # fmt: skip
     assert spread([1.0, 3.0], "{:.1f}") == "2.0 ± 1.4"
     assert spread([2.0, float("nan")]) == "2.000"
-    assert markdown(pd.DataFrame({"a": [1], "b": ["x"]})) == "| a | b |\n| --- | --- |\n| 1 | x |\n"
+    assert markdown(pd.DataFrame({"a": [1], "b": ["|x|"]})) == "| a | b |\n| --- | --- |\n| 1 | \\|x\\| |\n"

@@ -145,7 +145,6 @@ def test_truncated_matrices_are_the_best_of_their_rank(shape: tuple[int, int], r
         assert_same(factor.mT @ factor, torch.eye(factor.shape[2]).double().expand(3, -1, -1))
 
 
-@pytest.mark.filterwarnings("ignore:Trying to compute SVD")
 @pytest.mark.parametrize("shape", [(6, 5), (5, 6), (80, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rounding_errors_do_not_choose_directions(shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -160,6 +159,7 @@ def test_rounding_errors_do_not_choose_directions(shape: tuple[int, int], dtype:
         assert_same(factor.mT @ factor, torch.eye(3, dtype=dtype).expand(3, 3, 3), 1e2 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.filterwarnings("ignore:Trying to compute SVD")
 def test_truncation_recovers_tensors_of_low_rank() -> None:
     for shape, ranks in SHAPES:
         tensors = random_tucker(2, shape, ranks).dense()

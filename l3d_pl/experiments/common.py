@@ -272,9 +272,10 @@ def cell(value: Any) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown."""
+    """A table in Markdown; bars within cells are escaped."""
     rows = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
-    return "".join(f"| {' | '.join(cell(value) for value in row)} |\n" for row in rows)
+    cells = [[cell(value).replace("|", r"\|") for value in row] for row in rows]
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
 def _to_read(summary: Summary) -> str:
