@@ -5,7 +5,7 @@
     python benchmarks/plan.py --device cuda    on one GPU, under every strategy, with the time of a step
 
 Memory on the CPU is what the process has resident at the most, above what it had before the target was built
-(`ru_maxrss`). What is freed goes back to the system at once (`MALLOC_MMAP_THRESHOLD_`): what glibc would keep is no
+(`VmHWM`). What is freed goes back to the system at once (`MALLOC_MMAP_THRESHOLD_`): what glibc would keep is no
 figure of ours. On a GPU it is what torch's allocator has given out at the most.
 """
 
@@ -15,7 +15,6 @@ import argparse
 import importlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,8 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
+
+from resident import resident
 
 STRATEGIES = ("ddp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 STEPS = {"cpu": 3, "cuda": 20}  # of a run
@@ -109,10 +110,7 @@ def measure(name: str, device: str, strategy: str) -> None:
         def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
             seconds.append(now() - self.start)
             if trainer.global_step == STEPS[device]:
-                if device == "cuda":
-                    peak = torch.cuda.max_memory_allocated()
-                else:
-                    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+                peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM") - before
                 print(
                     json.dumps({"peak": peak, "seconds": statistics.median(seconds[len(seconds) // 2 :])}), flush=True
                 )
@@ -126,7 +124,7 @@ def measure(name: str, device: str, strategy: str) -> None:
                 importlib.import_module(module)
             linear = torch.nn.Linear(8, 8)  # what torch sets up once
             linear(torch.randn(4, 8)).sum().backward()
-            before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+            before = resident("VmRSS")
 
         def fit(self, model: Any, **kwargs: Any) -> None:
             self.trainer.callbacks.append(Stop())  # type: ignore[attr-defined]

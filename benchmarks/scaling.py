@@ -21,7 +21,6 @@ import gc
 import importlib
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -35,6 +34,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from resident import resident
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -124,10 +124,6 @@ class Meter(Callback):
             self.found["held"] = bytes_held()
 
 
-def resident_peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def worker(strategy: str, ranks: int, steps: int, out: str) -> None:
     """One rank (Lightning starts the others as this same command)."""
     warnings.filterwarnings("ignore")
@@ -139,7 +135,7 @@ def worker(strategy: str, ranks: int, steps: int, out: str) -> None:
         importlib.import_module("deepspeed")
     linear = nn.Linear(8, 8)  # what torch sets up once
     linear(torch.randn(4, 8)).sum().backward()
-    before, started = bytes_held(), resident_peak()
+    before, started = bytes_held(), resident("VmHWM")
     trainer = quiet_trainer(
         devices=ranks,
         strategy=strategy if ranks > 1 or strategy != "ddp" else "auto",
@@ -150,7 +146,7 @@ def worker(strategy: str, ranks: int, steps: int, out: str) -> None:
     trainer.fit(decomposition(target), data)
     found = {
         "held": meter.found["held"] - before,
-        "peak": resident_peak() - started,
+        "peak": resident("VmHWM") - started,
         "sent": (meter.found["sent_after"] - meter.found["sent_before"]) / steps / ranks,
         "seconds": statistics.median(meter.seconds),
     }

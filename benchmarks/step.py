@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from resident import resident
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -213,7 +213,7 @@ def work(program: str, setting: Setting, steps: int) -> dict[str, Any]:
             torch.cuda.synchronize()
         wall.append(time.perf_counter() - start)
         cpu.append(time.process_time() - start_cpu)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = resident("VmHWM") / 2**30
     if cuda:
         peak = torch.cuda.max_memory_allocated() / 2**30
     flop = 0

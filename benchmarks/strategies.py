@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from resident import resident
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -40,7 +40,7 @@ def worker(out: str, arguments: list[str]) -> None:
     cli = L3DCLI(["fit", *arguments])
     if not cli.trainer.is_global_zero:
         return
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resident("VmHWM")
     if cli.trainer.strategy.root_device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     root = Path(cli.trainer.default_root_dir)

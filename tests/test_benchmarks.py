@@ -24,6 +24,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(Path(spec.origin or "").parent)  # as where it is run
     monkeypatch.setitem(sys.modules, name, module)  # where its dataclasses are looked up
     spec.loader.exec_module(module)
     return module
@@ -123,3 +124,13 @@ def test_plan_of_two_ranks_has_the_peak_of_a_run(strategy: str, monkeypatch: pyt
         pytest.importorskip("deepspeed")
     scaling = load("scaling", monkeypatch)
     assert scaling.planned(strategy, 2)["peak"] == pytest.approx(scaling.measure(strategy, 2, 1)["peak"], rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt_neo", "cnn", "llama"])
+def test_plan_of_one_process_has_the_peak_of_a_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = load("plan", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    plan.prepare()
+    planned, measured = plan.compare(name)
+    assert planned["peak"] == pytest.approx(measured["peak"], rel=0.15)

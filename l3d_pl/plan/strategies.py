@@ -180,7 +180,7 @@ class Planner:
 
     @cached_property
     def anchors(self) -> tuple[int, int]:
-        """Bytes of the samples that the start and swaps are made from, and bytes while they are collected."""
+        """Bytes of the samples that the start and swaps are made from, and at the most until they are there."""
         model, extracted = self.model, self.extracted
         if model.init != "gradients" and not model.swap_every and not model.revive_every:
             return 0, 0
@@ -195,7 +195,9 @@ class Planner:
         laid_out = self.anchor_bytes(subnetworks, total) - self.anchor_bytes(subnetworks, total, only_factored=True)
         lines = 5 * 4 * 12 * n * start if model.init == "gradients" else 0  # twelve starts of K-lines side by side
         products = 3 * 4 * CHUNK  # rows of all gradients, dense, for <g_i, g_j>
-        return held, max(raw + laid_out + held + products, held + lines)
+        # While the target makes the last batch's, those of the batches before are there; the graph is gone afterwards.
+        passes = raw - min(raw, extracted.captured) + extracted.peak + self.gathered
+        return held, max(passes, raw + laid_out + held + products, held + lines)
 
     def anchor_bytes(
         self, subnetworks: Subnetworks, samples: int, as_captured: bool = False, only_factored: bool = False
@@ -258,7 +260,7 @@ class Planner:
         sharing = (shards + 1) * extracted.captured + rest if shards > 1 else 0
         contracting = d_and_a + rest + costs.block
         phases = {
-            "the start": parameters + extra + self.target + (collecting + passes if collecting else 0),
+            "the start": parameters + extra + self.target + collecting,
             "the target's passes": trained + passes,
             "sharing D and A": trained + sharing,
             "the step": trained + contracting + costs.peak,
