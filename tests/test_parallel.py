@@ -106,7 +106,9 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("how", RUNS)
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=[pytest.mark.slow] if how in ("ddp of 4", "4 shards") else []) for how in RUNS]
+)
 def test_ranks_make_the_step_of_one_process(how: str, one_process: dict[str, Any], tmp_path: Path) -> None:
     found = _run(tmp_path / "found.pt", *RUNS[how])
     _assert_same_run(found, one_process)
@@ -118,22 +120,36 @@ def test_ranks_make_the_step_of_one_process(how: str, one_process: dict[str, Any
     assert found["batches"] == [one_process["batches"][0] // int(RUNS[how][0])] * int(RUNS[how][0])
 
 
+ACCUMULATED_AND_CLIPPED = ("2", "0.05")
+HALF = ("precision=bf16-mixed", "swap_every=0")  # (a swap is taken or not: by a rounding error it may be)
+
+
+@pytest.fixture(scope="module")
+def accumulated_in_one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return _run(tmp_path_factory.mktemp("one") / "found.pt", "1", "auto", *ACCUMULATED_AND_CLIPPED)
+
+
+@pytest.fixture(scope="module")
+def half_in_one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return _run(tmp_path_factory.mktemp("one") / "found.pt", "1", *HALF)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2:2", "fsdp2:1"])
-def test_accumulation_and_clipping_see_all_ranks(strategy: str, tmp_path: Path) -> None:
+def test_accumulation_and_clipping_see_all_ranks(
+    strategy: str, accumulated_in_one_process: dict[str, Any], tmp_path: Path
+) -> None:
     """Two batches make a step, and the norm that is clipped is that of the whole gradient."""
-    expected = _run(tmp_path / "one.pt", "1", "auto", "2", "0.05")
-    _assert_same_run(_run(tmp_path / "found.pt", "2", strategy, "2", "0.05"), expected)
+    found = _run(tmp_path / "found.pt", "2", strategy, *ACCUMULATED_AND_CLIPPED)
+    _assert_same_run(found, accumulated_in_one_process)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2:2"])
-def test_mixed_precision_on_two_ranks(strategy: str, tmp_path: Path) -> None:
+def test_mixed_precision_on_two_ranks(strategy: str, half_in_one_process: dict[str, Any], tmp_path: Path) -> None:
     """The target's pass is in bf16, which rounds alike in any batch; all else is float32."""
-    settings = ["precision=bf16-mixed", "swap_every=0"]  # (a swap is taken or not: by a rounding error it may be)
-    expected = _run(tmp_path / "one.pt", "1", *settings)
-    found = _run(tmp_path / "found.pt", "2", strategy, *settings)
-    for name, value in expected["state"].items():
+    found = _run(tmp_path / "found.pt", "2", strategy, *HALF)
+    for name, value in half_in_one_process["state"].items():
         assert_same(found["state"][name].float(), value.float(), 1e-2)
 
 
