@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"l3d: {stop if str(stop) else 'stopped'}", file=sys.stderr, flush=True)
         return 130
+    except L3DError as error:  # (most of them, and those of `l3d slurm` without Lightning's seconds)
+        return refuse(error)
     except Exception as error:
         from lightning.pytorch.utilities import rank_zero_only
 
@@ -93,11 +95,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1  # (the same command may succeed)
         if bad_input is None:
             raise
-        print(f"l3d: error: {one_line(str(bad_input))}", file=sys.stderr, flush=True)
-        if file := os.environ.get("L3D_BAD_INPUT"):  # of several tasks' exit codes slurm/run.sh is told the highest
-            Path(file).touch()
-        return 2
+        return refuse(bad_input)
     return 0
+
+
+def refuse(bad_input: Exception) -> int:
+    """One line about bad input; returns the exit code."""
+    print(f"l3d: error: {one_line(str(bad_input))}", file=sys.stderr, flush=True)
+    if file := os.environ.get("L3D_BAD_INPUT"):  # of several tasks' exit codes slurm/run.sh is told the highest
+        Path(file).touch()
+    return 2
 
 
 def bad_input_in(error: BaseException | None) -> Exception | None:

@@ -8,16 +8,16 @@ the full tensor [n, I1, ..., IN] is built by `dense` only.
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import tensorly
 import torch
-from tensorly.decomposition import tucker as tensorly_tucker
-from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from l3d_pl.errors import L3DError
+
+if TYPE_CHECKING:
+    from tensorly.tucker_tensor import TuckerTensor
 
 Rank = int | float | Sequence[int | float]
 
@@ -279,11 +279,13 @@ class Tucker(NamedTuple):
     def detach(self) -> "Tucker":
         return Tucker(self.core.detach(), tuple(factor.detach() for factor in self.factors))
 
-    def to_tensorly(self, k: int) -> TuckerTensor:
+    def to_tensorly(self, k: int) -> "TuckerTensor":
         """Tensor k as tensorly's own `TuckerTensor` (with tensorly's backend set: `tensorly.set_backend("pytorch")`).
 
         A vector becomes a one-column matrix [I, 1]: tensorly wants two modes at least.
         """
+        from tensorly.tucker_tensor import TuckerTensor
+
         core, factors = self.core[k], [factor[k] for factor in self.factors]
         if len(factors) == 1:
             core, factors = core.unsqueeze(1), [*factors, core.new_ones(1, 1)]
@@ -446,9 +448,12 @@ def truncate(tensors: Tensor, ranks: Sequence[int]) -> Tucker:
         core = nn.functional.pad(core, (0, shape[1] - core.shape[2], 0, shape[0] - core.shape[1]))
         core = core[:, : ranks[0], : ranks[1]].contiguous()
         return Tucker(core, (_settled(u[..., : ranks[0]], singular), _settled(vh[:, : ranks[1]].mT, singular)))
+    import tensorly  # scipy comes with it: a second of every start
+    from tensorly.decomposition import tucker
+
     with tensorly.backend_context("pytorch", local_threadsafe=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Trying to compute SVD")  # of modes smaller than the rest's rank
-        parts = [tensorly_tucker(tensor, rank=list(ranks), init="svd", n_iter_max=10) for tensor in tensors]
+        parts = [tucker(tensor, rank=list(ranks), init="svd", n_iter_max=10) for tensor in tensors]
     factors = tuple(torch.stack([part.factors[mode] for part in parts]) for mode in range(len(shape)))
     return Tucker(torch.stack([part.core for part in parts]), factors)
 

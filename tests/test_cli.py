@@ -625,6 +625,14 @@ def test_the_command_itself() -> None:
     assert done.stderr == "l3d: error: k: found 2.0; allowed is the fraction of coefficients to keep, in (0, 1]\n"
 
 
+def test_what_needs_no_torch_starts_without_it() -> None:
+    """On a login node `l3d slurm status` answers at once."""
+    code = "import sys; from l3d_pl.cli import main; code = main({}); sys.exit(3 if 'torch' in sys.modules else code)"
+    for arguments, expected in (["--version"], 0), (["--help"], 0), (["slurm", "status", "nowhere"], 2), (["fi"], 2):
+        done = subprocess.run([sys.executable, "-c", code.format(arguments)], capture_output=True, timeout=60)
+        assert done.returncode == expected, (arguments, done)
+
+
 # -- what is printed ---------------------------------------------------------------------------------------------------
 
 
