@@ -36,9 +36,9 @@ test-slow: $(STAMP) ## Run the slow tests
 test-browser: $(STAMP) ## Run the tests of the atlas in a headless Chromium; screenshots: artifacts/atlas
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser $(ARGS)
 
-# One process: the tests share a cluster.
+# One process for each file, and a cluster for each: there, waiting is most of the time.
 test-slurm: $(STAMP) ## Run the tests on a Slurm of two nodes, made here (root; apt-get install slurm-wlm munge)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm $(ARGS)
+	@$(PYTEST) --dist loadfile -m slurm tests/slurm $(ARGS)
 
 test-gpu: $(STAMP) ## Run the tests that need a CUDA device
 	@OMP_NUM_THREADS=4 $(BIN)/python -m pytest -m gpu $(ARGS)

@@ -1,8 +1,9 @@
-"""Short fits in float32 under several strategies: `python deepspeed_run.py OUT RANKS STRATEGY,STRATEGY,... [gpu]`.
+"""Short fits in float32 under several strategies: `deepspeed_run.py OUT RANKS STRATEGY,STRATEGY,... [gpu|short]`.
 
 The global batch, 16 samples, is the same on any number of ranks, and so is the reference (the batch's mean) of the case
 "everything", with all that writes to V. DeepSpeed's runs write a checkpoint at step `SAVED` and go on; what resumes
-from it is kept as "resumed", and as "elsewhere" what resumes from OUT.ckpt, where another run has left one.
+from it is kept as "resumed", and as "elsewhere" what resumes from OUT.ckpt, where another run has left one. `short` is
+"everything" and "resumed" alone.
 """
 
 import gc
@@ -135,13 +136,15 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     out, ranks, strategies = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(",")
+    short = "short" in sys.argv[4:5]
+    cases = ["everything"] if short else list(CASES)
     found = {}
     for strategy in strategies:
         saved = out.with_suffix(f".{strategy}")
-        results = {case: fit(strategy, ranks, case, saved if case == "everything" else None) for case in CASES}
+        results = {case: fit(strategy, ranks, case, saved if case == "everything" else None) for case in cases}
         if strategy != "ddp":
             results["resumed"] = fit(strategy, ranks, "everything", read=saved)
-            if out.with_suffix(".ckpt").exists():
+            if not short and out.with_suffix(".ckpt").exists():
                 results["elsewhere"] = fit(strategy, ranks, "everything", read=out.with_suffix(".ckpt"))
         found[strategy] = results
     if Ranks.of_run().rank == 0:

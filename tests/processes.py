@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,37 @@ def run(command: Sequence[str], seconds: float, **environment: str) -> subproces
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
+def l3d(arguments: Sequence[str], log: Path) -> BaseProcess:
+    """Start `l3d ARGUMENTS` in a process of its own, without the seconds of its imports; `log` is what it prints.
+
+    Its working directory is not this one.
+    """
+    process = _forkserver().Process(target=_l3d, args=(list(arguments), log))
+    process.start()
+    return process
+
+
+def _l3d(arguments: list[str], log: Path) -> None:
+    from l3d_pl.cli import main
+
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = ["l3d", *arguments]
+    sys.exit(main(arguments))
+
+
+def _forkserver() -> ForkServerContext:
+    """Whose processes find imported what takes long."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.tensor", "l3d_pl.lightning_cli"])
+    return context
+
+
 def on_ranks(size: int, folder: Path, function: Callable[..., None], *args: Any, seconds: float = 200) -> None:
     """Call a function in `size` gloo processes; what fails in any of them fails here, and ends all."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.tensor", "lightning", "l3d_pl"])
+    _forkserver()
     store, until = folder / f"store{len(list(folder.glob('store*')))}", time.monotonic() + seconds
     started = mp.start_processes(
         _start, (size, str(store), function, args), nprocs=size, join=False, start_method="forkserver"

@@ -27,9 +27,9 @@ STAGES = ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 pytestmark = pytest.mark.filterwarnings("ignore:Starting from v1.9.0:UserWarning", "ignore:.*_dataloader:UserWarning")
 
 
-def run_ranks(out: Path, ranks: int, strategies: list[str], seconds: int) -> dict[str, Any]:
+def run_ranks(out: Path, ranks: int, strategies: list[str], seconds: int, *more: str) -> dict[str, Any]:
     """What `deepspeed_run.py` has found."""
-    run([str(HERE / "deepspeed_run.py"), str(out), str(ranks), ",".join(strategies)], seconds)
+    run([str(HERE / "deepspeed_run.py"), str(out), str(ranks), ",".join(strategies), *more], seconds)
     return torch.load(out, weights_only=True)
 
 
@@ -94,7 +94,7 @@ def test_two_ranks_of_every_stage_make_the_step_of_one_process(tmp_path: Path, o
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_one_and_four_ranks_of_every_stage(tmp_path: Path, one: dict[str, Any], ranks: int) -> None:
-    found = run_ranks(tmp_path / "out.pt", ranks, STAGES, 500)
+    found = run_ranks(tmp_path / "out.pt", ranks, STAGES, 500, "short")
     for stage in STAGES:
         same_run(found[stage]["everything"], one)
         assert torch.equal(found[stage]["resumed"]["directions"], found[stage]["everything"]["directions"])

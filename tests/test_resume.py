@@ -1,9 +1,8 @@
 """Invariant 5: a run stopped anywhere and resumed equals the uninterrupted run bit for bit."""
 
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from processes import l3d
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from datamodules.toy import ToyData
@@ -217,42 +217,50 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(tmp_path
 @pytest.mark.timeout(1500)
 def test_twenty_interruptions_by_signal_and_by_kill(tmp_path: Path) -> None:
     """The command itself, stopped 20 times by SIGTERM, SIGINT and SIGKILL at random moments, start-up included."""
-    command = [sys.executable, "-m", "l3d_pl.cli", "fit", "--config", "tms", "--trainer.max_epochs", "24"]
+    command = ["fit", "--config", "tms", "--trainer.max_epochs", "24"]
     command += ["--checkpoint.every_n_train_steps", "40", "--trainer.enable_progress_bar", "false"]
     command += ["--model.target_weights", str(tmp_path / "target.safetensors")]
-    subprocess.run([*command, "--trainer.default_root_dir", str(tmp_path / "whole")], check=True, timeout=600)
+    log = tmp_path / "log"
 
+    def finish(*more: str) -> None:
+        process = l3d([*command, *more], log)
+        process.join(600)
+        assert process.exitcode == 0, log.read_text()
+
+    finish("--trainer.default_root_dir", str(tmp_path / "whole"))
     root, draw, seen = tmp_path / "stopped", random.Random(0), {"SIGTERM": 0, "SIGINT": 0, "SIGKILL": 0}
     command += ["--trainer.default_root_dir", str(root), "--ckpt_path", "last"]
     last = root / "checkpoints" / "last.ckpt"
     while sum(seen.values()) < 20:
         kind = draw.choice(["SIGTERM", "SIGINT", "SIGKILL", "SIGKILL"])
         before = last.stat().st_mtime_ns if last.is_file() else 0
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = l3d(command, log)
         try:
             if draw.random() < 0.85:  # once training runs and has saved something; otherwise somewhere in the start
                 deadline = time.monotonic() + 120
-                while (last.stat().st_mtime_ns if last.is_file() else 0) == before and process.poll() is None:
+                while (last.stat().st_mtime_ns if last.is_file() else 0) == before and process.is_alive():
                     assert time.monotonic() < deadline
                     time.sleep(0.01)
                 time.sleep(draw.uniform(0, 0.3))
             else:
                 kind = "SIGKILL"
-                time.sleep(draw.uniform(0, 5))
-            assert process.poll() is None, "the run ended before its 20 interruptions: make it longer"
-            process.send_signal(getattr(signal, kind))
-            output, _ = process.communicate(timeout=120)
+                time.sleep(draw.uniform(0, 2))
+            assert process.is_alive(), f"it ended before its 20 interruptions: {log.read_text()}"
+            assert process.pid is not None
+            os.kill(process.pid, getattr(signal, kind))
+            process.join(120)
         finally:
             process.kill()
         if kind != "SIGKILL":
-            assert process.returncode == 0, output
+            output = log.read_text()
+            assert process.exitcode == 0, output
             assert f"{kind} after step" in output
             assert "go on with: l3d fit --config" in output
         if last.is_file():
             torch.load(last, weights_only=True)  # whole, whatever happened
         seen[kind] += 1
     assert min(seen.values()) >= 2, seen
-    subprocess.run(command, check=True, timeout=600)
+    finish()
     whole, resumed = (
         (folder / "decomposition/model.safetensors").read_bytes() for folder in (tmp_path / "whole", root)
     )

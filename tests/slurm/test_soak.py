@@ -258,7 +258,7 @@ def test_twenty_interruptions(cluster: Cluster, disk: Path, capsys: pytest.Captu
 
     def tell(text: str) -> None:
         with capsys.disabled():
-            print(f"\n{time.monotonic() - began:5.0f} s  {text}", end="", flush=True)
+            print(f"\n{time.monotonic() - began:5.0f} s  {text}", end="", file=sys.stderr, flush=True)
 
     whole = Path("runs/whole")
     job = slurm.submit(whole, FIT, ["--nodes=2", *SMALL])
