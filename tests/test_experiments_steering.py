@@ -313,6 +313,19 @@ def test_the_best_rate_costs_least_where_it_gets_there_else_it_gets_furthest() -
     assert best_rate(tried.assign(side=math.nan, most=[0.5, 0.1, 0.2])) == 4
 
 
+@pytest.mark.parametrize(("best", "expected"), [(1, [0.5, 1, 2]), (8, [0.5, 1, 2, 4, 8, 16]), (1 / 8, [2**-4, 2**-3])])
+def test_rates_go_on_until_the_best_is_between_two(best: float, expected: list[float]) -> None:
+    def attempt(lr: float) -> dict[str, float]:
+        return {"lr": lr, "side": abs(math.log(lr / best)), "most": 1.0}
+
+    tried = steering.widened([0.5, 1, 2], 7, attempt)
+    assert tried["lr"].tolist()[: len(expected)] == expected
+    assert tried["lr"][best_rate(tried)] == best
+    assert len(steering.widened([0.5, 1, 2], 4, attempt)) <= 4
+    flat = steering.widened([1.0, 2.0], 3, lambda lr: {"lr": lr, "side": math.nan, "most": 0.0})
+    assert len(flat) <= 3
+
+
 def test_command(tmp_path, capsys) -> None:
     arguments = ["experiment", "steering", "--tiny", "--seeds", "0", "--output", str(tmp_path)]
     assert main(arguments) == 0
@@ -323,7 +336,7 @@ def test_command(tmp_path, capsys) -> None:
     assert set(rows[["task", "method"]].itertuples(index=False, name=None)) == expected
     for task in ("digits", "text"):
         tried = pd.read_csv(tmp_path / "seed_0" / f"rates_{task}.csv")
-        assert len(tried) == 6 * 2 * 2  # methods, others kept or not, rates
+        assert tried.groupby(["method", "keep"]).size().tolist() == [3] * 12  # (the best of two is always an end)
         assert tried.groupby(["method", "keep"])["chosen"].sum().tolist() == [1] * 12
         chosen = tried[tried["chosen"]].set_index(["method", "keep"])["lr"]
         used = rows[(rows["task"] == task)].dropna(subset=["lr"]).groupby(["method", "keep"])["lr"].first()

@@ -102,12 +102,13 @@ def test_logits_show_what_saturated_probabilities_hide() -> None:
     assert all(float(values.abs().max()) < 1e-12 for values in still.values())
 
 
-def test_chance_is_that_of_noise() -> None:
-    pairs = np.random.default_rng(0).normal(size=(20000, 2, 5))
-    spread = np.sqrt(pairs.var(axis=2, ddof=1).mean(axis=1))
-    differences = pairs[:, 0] - pairs[:, 1]
+@pytest.mark.parametrize(("seeds", "first", "second"), [(5, 1, 1), (2, 2, 4)])
+def test_chance_is_that_of_noise(seeds: int, first: int, second: int) -> None:
+    blocks = np.random.default_rng(0).normal(size=(20000, first + second, seeds))
+    spread = np.sqrt(blocks.var(axis=2, ddof=1).mean(axis=1))
+    differences = blocks[:, :first].mean(axis=1) - blocks[:, first:].mean(axis=1)
     beyond = np.abs(differences.mean(axis=1)) > 2 * spread
-    assert by_chance(5) == pytest.approx(beyond.mean(), abs=0.003)
+    assert by_chance(seeds, first, second) == pytest.approx(beyond.mean(), abs=0.003)
     one_sign = (differences > 0).all(axis=1) | (differences < 0).all(axis=1)
     assert (beyond & one_sign).sum() > 0.6 * beyond.sum()
 

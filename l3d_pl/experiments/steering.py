@@ -12,6 +12,7 @@ A steering vector on a linear layer's output is a shift of that layer's bias. Me
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,9 @@ class Settings:
         few: subnetworks of the small shift, those with the largest first-order gain; the large shift has as many as a
             LoRA of rank 1 has parameters.
         pairs: (a, b) drawn per seed and task.
-        rates: times `RATES`: the learning rates that each method may choose from.
+        rates: times `RATES`: the learning rates that each method tries first; then further ones, by the same factor, as
+            long as the best is the lowest or the highest.
+        most_rates: that a method tries, at most.
         rates_seed: of the network and the pair on which it chooses; should be none of those that are reported.
         target_epochs: training of the network that is steered; a network of its own for every seed.
         text_subnetworks, text_fit_steps, text_tuning_steps: the same of the text LM.
@@ -76,7 +79,8 @@ class Settings:
     tuning_steps: int = 100
     few: int = 5
     pairs: int = 2
-    rates: tuple[float, ...] = (0.3, 1.0, 3.0)
+    rates: tuple[float, ...] = (1 / 3, 1.0, 3.0)
+    most_rates: int = 7
     rates_seed: int = 100
     target_epochs: int = 20
     text_subnetworks: int = 128
@@ -94,6 +98,7 @@ TINY = {
     "pairs": 1,
     "target_epochs": 1,
     "rates": [1.0, 3.0],
+    "most_rates": 3,
 }
 TINY |= {"text_subnetworks": 6, "text_fit_steps": 2, "text_tuning_steps": 2, "text_target_steps": 2, "text_held_out": 6}
 
@@ -269,17 +274,37 @@ def tried_rates(task: str, settings: Settings) -> pd.DataFrame:
         doing(f"{task}, target of the rates")
         steps, found, (behaviour,) = TASKS[task](settings, Path(folder), settings.rates_seed, 1)
     contest = Contest(task, settings.few, steps, found, behaviour, settings.rates_seed)
-    rows = []
-    for method, (_, usual) in contest.learned.items():
-        for keep, times in product(KEEP, settings.rates):
-            _, shift = contest.train(method, keep, usual * times)
-            looked = pd.DataFrame(curve(found.target, shift, behaviour.pair, behaviour.held_out))
-            strengths, wanted, side = (looked[name].tolist() for name in CURVE[:3])
-            cost = side_at(strengths, side, strength_at(strengths, wanted, JUDGED_AT[task]))
-            rows.append({"method": method, "keep": keep, "lr": usual * times, "side": cost, "most": max(wanted)})
-    tried = pd.DataFrame(rows)
-    tried["chosen"] = tried.index.isin([best_rate(part) for _, part in tried.groupby(["method", "keep"])])
-    return tried
+
+    def attempt(method: str, keep: float, lr: float) -> dict[str, float]:
+        _, shift = contest.train(method, keep, lr)
+        looked = pd.DataFrame(curve(found.target, shift, behaviour.pair, behaviour.held_out))
+        strengths, wanted, side = (looked[name].tolist() for name in CURVE[:3])
+        cost = side_at(strengths, side, strength_at(strengths, wanted, JUDGED_AT[task]))
+        return {"lr": lr, "side": cost, "most": max(wanted)}
+
+    parts = []
+    for (method, (_, usual)), keep in product(contest.learned.items(), KEEP):
+        part = widened([usual * times for times in settings.rates], settings.most_rates, partial(attempt, method, keep))
+        parts.append(part.assign(method=method, keep=keep, chosen=part.index == best_rate(part)))
+    return pd.concat(parts, ignore_index=True)[["method", "keep", "lr", "side", "most", "chosen"]]
+
+
+def widened(rates: Sequence[float], most: int, attempt: Callable[[float], dict[str, float]]) -> pd.DataFrame:
+    """What has come of each learning rate, in rising order, and of further ones until the best is neither end.
+
+    Args:
+        rates: two or more, rising, each the last one times the same factor.
+        most: rates, at most.
+        attempt: what comes of a rate: a row with `lr`, `side` and `most`; see `best_rate`.
+    """
+    rows = [attempt(rate) for rate in rates]
+    factor = rates[1] / rates[0]
+    while True:
+        tried = pd.DataFrame(rows)
+        best = best_rate(tried)
+        if len(rows) >= most or best not in (0, len(rows) - 1):
+            return tried
+        rows = [attempt(rows[0]["lr"] / factor), *rows] if best == 0 else [*rows, attempt(rows[-1]["lr"] * factor)]
 
 
 def best_rate(tried: pd.DataFrame) -> Any:
@@ -485,10 +510,11 @@ def wins(found: pd.DataFrame, own: str, other: str, keep: float, level: float) -
 
 
 def _range(values: pd.Series) -> str:
-    values = values.dropna()
-    if values.empty:
+    """The median, as in the plot, and the range of those that get there."""
+    if values.isna().all():
         return "–"
-    return f"{values.median():.2g} ({values.min():.2g} to {values.max():.2g})"
+    median = _median_of_all(values)
+    return f"{'–' if math.isnan(median) else f'{median:.2g}'} ({values.min():.2g} to {values.max():.2g})"
 
 
 def _plot(found: pd.DataFrame) -> Figure:

@@ -276,7 +276,8 @@ def run(settings: Settings, output: Path, seed: int) -> list[dict[str, Any]]:
         for fit in range(FITS):
             doing(f"{block}, fit {fit}")
             module = _fit(settings, targets[name], name, parameters, seed + 1000 * fit)
-            rows += [{"block": block, "fit": fit} | row for row in look(module, batch, settings, seed)]
+            # (a fit's own random directions, too: their spread is the controls' noise)
+            rows += [{"block": block, "fit": fit} | row for row in look(module, batch, settings, seed + 1000 * fit)]
     return rows
 
 
@@ -442,13 +443,15 @@ def effects(figures: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def by_chance(seeds: int) -> float:
-    """How probable it is that noise alone, as large in two blocks, makes an effect of more than twice the spread.
+def by_chance(seeds: int, first: int = 1, second: int = 1) -> float:
+    """How probable it is that noise alone, as large in all blocks, makes an effect of more than twice the spread.
 
-    The difference of two means over n seeds has a standard deviation of √(2 / n) of the spread, which has 2 (n - 1)
-    degrees of freedom: Student's t. (That all seeds have one sign too is nearly always so then.)
+    The difference of the means of so many blocks each over n seeds has a standard deviation of √((1 / first +
+    1 / second) / n) of the spread, which has (first + second) (n - 1) degrees of freedom: Student's t. (That all seeds
+    have one sign too is nearly always so then.)
     """
-    return float(2 * t.sf(2 * (seeds / 2) ** 0.5, 2 * (seeds - 1)))
+    deviation = ((1 / first + 1 / second) / seeds) ** 0.5
+    return float(2 * t.sf(2 / deviation, (first + second) * (seeds - 1)))
 
 
 def distances(rows: pd.DataFrame) -> pd.DataFrame:
@@ -490,7 +493,9 @@ def summarise(rows: pd.DataFrame) -> Summary:
         )  # fmt: skip
     verdict["effects looked at"] = len(found)
     verdict["of them beyond the noise"] = int(found["counts"].sum())
-    verdict["of them by chance, if there were none"] = len(found) * by_chance(figures["seed"].nunique())
+    can_count = found[found["spread"] > 0]["factor"].map(FACTORS)  # (not dead shares that are 0 everywhere)
+    n_seeds = figures["seed"].nunique()
+    verdict["of them by chance, if there were none"] = sum(by_chance(n_seeds, *map(len, sides)) for sides in can_count)
     means = figures.groupby(["seed", "block"])[["loss", "dimension"]].mean()
     ranks = [float(spearmanr(part["loss"], part["dimension"])[0]) for _, part in means.groupby("seed")]
     verdict["rank correlation of L with effective dimension, six blocks"] = spread(ranks, "{:.2f}")
