@@ -192,7 +192,8 @@ def test_published_figures_claim_no_toy_that_they_were_not_given_for() -> None:
     assert not others["method"].str.contains("published").any()
 
 
-def test_tiny_run(tmp_path: Path) -> None:
+def test_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_methods, "DICTIONARY_STEPS", 40)  # (it would take most of a minute, to the same end)
     assert main(["experiment", "compare-methods", "--tiny", "--seeds", "0", "--output", str(tmp_path)]) == 0
     rows = pd.read_csv(tmp_path / "seed_0" / "rows.csv").set_index(["toy", "method"])
     assert set(rows.index) == {(toy, method) for toy in ("tms", "residual") for method in METHODS}
