@@ -1,7 +1,9 @@
 """Processes of a test: they end with it, in whatever way it ends."""
 
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,19 +46,20 @@ def run(command: Sequence[str], seconds: float, **environment: str) -> subproces
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-def l3d(arguments: Sequence[str], log: Path) -> BaseProcess:
+def l3d(arguments: Sequence[str], log: Path, **environment: str) -> BaseProcess:
     """Start `l3d ARGUMENTS` in a process of its own, without the seconds of its imports; `log` is what it prints.
 
     Its working directory is not this one.
     """
-    process = _forkserver().Process(target=_l3d, args=(list(arguments), log))
+    process = _forkserver().Process(target=_l3d, args=(list(arguments), log, environment))
     process.start()
     return process
 
 
-def _l3d(arguments: list[str], log: Path) -> None:
+def _l3d(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
     from l3d_pl.cli import main
 
+    os.environ.update(environment)
     with open(log, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -74,20 +77,11 @@ def _forkserver() -> ForkServerContext:
 
 def on_ranks(size: int, folder: Path, function: Callable[..., None], *args: Any, seconds: float = 200) -> None:
     """Call a function in `size` gloo processes; what fails in any of them fails here, and ends all."""
-    _forkserver()
-    store, until = folder / f"store{len(list(folder.glob('store*')))}", time.monotonic() + seconds
-    started = mp.start_processes(
-        _start, (size, str(store), function, args), nprocs=size, join=False, start_method="forkserver"
-    )
-    try:
-        while not started.join(timeout=5):
-            assert time.monotonic() < until, f"{size} ranks have not ended within {seconds} s"
-    finally:
-        for process in started.processes:
-            process.kill()
+    store = folder / f"store{len(list(folder.glob('store*')))}"
+    _together(_with_group, size, (size, str(store), function, args), seconds)
 
 
-def _start(rank: int, size: int, store: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _with_group(rank: int, size: int, store: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     patience = timedelta(seconds=60)  # then a process that waits for the others gives up
     dist.init_process_group("gloo", rank=rank, world_size=size, store=dist.FileStore(store, size), timeout=patience)
@@ -95,3 +89,32 @@ def _start(rank: int, size: int, store: str, function: Callable[..., None], args
         function(*args)
     finally:
         dist.destroy_process_group()
+
+
+def script(file: Path, size: int, *arguments: str, seconds: float) -> None:
+    """Run a script in `size` processes, as torchrun starts them but without the seconds of its imports."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    _together(_as_main, size, (size, port, str(file), arguments), seconds)
+
+
+def _as_main(rank: int, size: int, port: int, file: str, arguments: tuple[str, ...]) -> None:
+    if size > 1:
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        os.environ.update({name: str(value) for name, value in variables.items()})
+    sys.argv = [file, *arguments]
+    runpy.run_path(file, run_name="__main__")
+
+
+def _together(function: Callable[..., None], size: int, args: tuple[Any, ...], seconds: float) -> None:
+    _forkserver()
+    until = time.monotonic() + seconds
+    started = mp.start_processes(function, args, nprocs=size, join=False, start_method="forkserver")
+    try:
+        while not started.join(timeout=5):
+            assert time.monotonic() < until, f"{size} ranks have not ended within {seconds} s"
+    finally:
+        for process in started.processes:
+            process.kill()

@@ -1,17 +1,15 @@
 """`l3d analyze`, `intervene`, `compare` on a run's directory; and an analysis on two ranks: `python ... FOLDER`."""
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from processes import l3d
 from safetensors.torch import save_file
 from torch import distributed as dist
 from torch.func import functional_call
@@ -240,25 +238,18 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    started = []
-    for rank in ("0", "1"):
-        environment = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": "2"}
+    started, logs = [], [tmp_path / "rank0", tmp_path / "rank1"]
+    for rank, log in enumerate(logs):
+        environment = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_NUM_TASKS": "2"}
         environment |= {"SLURM_JOB_ID": "7", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": port}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "l3d_pl.cli", "analyze", str(both), *arguments],
-                env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
+        started.append(l3d(["analyze", str(both), *arguments], log, **environment))
     try:
-        outputs = [process.communicate(timeout=200)[0] for process in started]
+        for process in started:
+            process.join(200)
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0, 0], outputs
+    assert [process.exitcode for process in started] == [0, 0], [log.read_text() for log in logs]
     for name, n_rows in read_manifest(alone / "analysis")["tables"].items():
         one, two = (read_table(folder / "analysis", name) for folder in (alone, both))
         assert n_rows > 0 or name == "coactivation"  # (there may be no such pair)

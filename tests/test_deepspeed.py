@@ -13,7 +13,7 @@ import deepspeed_run
 import pytest
 import torch
 from oracles import assert_same
-from processes import run
+from processes import run, script
 from torch import Tensor
 
 from l3d_pl import L3DError
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Starting from v1.9.0:UserWarning
 
 def run_ranks(out: Path, ranks: int, strategies: list[str], seconds: int, *more: str) -> dict[str, Any]:
     """What `deepspeed_run.py` has found."""
-    run([str(HERE / "deepspeed_run.py"), str(out), str(ranks), ",".join(strategies), *more], seconds)
+    script(HERE / "deepspeed_run.py", ranks, str(out), str(ranks), ",".join(strategies), *more, seconds=seconds)
     return torch.load(out, weights_only=True)
 
 

@@ -234,7 +234,7 @@ def test_resumed_on_other_ranks_and_under_another_strategy_it_ends_at_the_same(t
             ",".join([str(tmp_path / out), strategy, str(shards), *(str(tmp_path / c) for c in source)])
             for out, strategy, shards, *source in jobs
         ]
-        processes.run([str(HERE / "checkpoint_run.py"), str(ranks), *given], seconds=240)
+        processes.script(HERE / "checkpoint_run.py", ranks, str(ranks), *given, seconds=240)
 
     middle = "sharded.middle.ckpt"
     start(
@@ -267,7 +267,7 @@ def test_a_sharded_target_is_decomposed_and_resumed_as_a_whole_one(tmp_path: Pat
     fit_midway(1, tmp_path / "whole", "auto+target", 1)
     jobs = [f"{tmp_path / name},{strategy}+target,2" for name, strategy in (("ddp", "ddp"), ("fsdp2", "fsdp2"))]
     again = [f"{job.replace(',', ' again,', 1)},{job.partition(',')[0]}.middle.ckpt" for job in jobs]
-    processes.run([str(HERE / "checkpoint_run.py"), "2", *jobs, *again], seconds=240)
+    processes.script(HERE / "checkpoint_run.py", 2, "2", *jobs, *again, seconds=240)
 
     def result(name: str) -> dict[str, torch.Tensor]:
         export_decomposition(tmp_path / f"{name}.ckpt", tmp_path / f"export {name}")

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from oracles import LAYOUTS, assert_same, decomposition_problem
-from processes import on_ranks, run
+from processes import on_ranks, script
 from safetensors.torch import load_file
 from test_deepspeed import _folder, tms  # noqa: F401 (a fixture)
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ RUNS = {
 
 
 def _run(out: Path, *arguments: str) -> dict[str, Any]:
-    run([str(HERE / "parallel_run.py"), str(out), *arguments], seconds=240)
+    script(HERE / "parallel_run.py", int(arguments[0]), str(out), *arguments, seconds=240)
     return torch.load(out, weights_only=True)
 
 
@@ -106,9 +106,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "how", [pytest.param(how, marks=[pytest.mark.slow] if how in ("ddp of 4", "4 shards") else []) for how in RUNS]
-)
+@pytest.mark.parametrize("how", RUNS)
 def test_ranks_make_the_step_of_one_process(how: str, one_process: dict[str, Any], tmp_path: Path) -> None:
     found = _run(tmp_path / "found.pt", *RUNS[how])
     _assert_same_run(found, one_process)
