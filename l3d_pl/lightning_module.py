@@ -220,6 +220,8 @@ class L3D(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """One step of the method (paper, "Training"): gradients of the frozen model, c = V_in g, batch top-k, loss."""
         extraction = self.extractor(batch, self._random["references"], ranks=self._ranks)
+        if batch_idx == 0 and self.trainer.global_step == 0 and not self._keeps_anchors:  # (they are checked as well)
+            together(self._ranks, partial(self.extractor.check, batch, extraction))
         gradients = share_gradients(extraction.gradients, self.subnetworks.group)
         prepared = self._prepare(gradients, batch, batch_idx, count=True)
         if prepared is None:
@@ -362,12 +364,16 @@ class L3D(L.LightningModule):
             self.trainer.log_every_n_steps or 2**62,  # type: ignore[attr-defined]
             self._progress.samples,
         )
-        if self.init == "gradients" or self.swap_every or self.revive_every:
+        if self._keeps_anchors:
             self._anchors = self._collect_anchors()
         if self.trainer.global_step == 0 and self.init == "gradients":
             with writable_parameters(self.trainer.strategy):
                 self._start()
         self._progress.clock = (self._progress.step, time.perf_counter())
+
+    @property
+    def _keeps_anchors(self) -> bool:
+        return bool(self.init == "gradients" or self.swap_every or self.revive_every)
 
     def _start(self) -> None:
         """V from the gradients of the first samples."""

@@ -2,7 +2,8 @@
 # Four jobs, each after the one before has succeeded: the target, a sweep over it, the analysis and atlas of each run (of
 # toys the score against the ground truth too), the sweep's table.
 #
-#   RUN_DIR=runs/sweep CONFIG=mine.yaml GRID=grid.txt slurm/pipeline.sh --partition=a100
+#   RUN_DIR=runs/sweep CONFIG=mine.yaml GRID=grid.txt TARGET_CONFIG=my_target.yaml TARGET=my_target.safetensors \
+#       slurm/pipeline.sh --partition=a100
 #
 # Arguments are options of sbatch for all of them; with $(cat slurm/gpu.options) among them, for GPUs.
 set -euo pipefail

@@ -515,6 +515,20 @@ def test_nothing_good_to_start_from_is_one_line(tmp_path: Path) -> None:
         trainer_of(tmp_path, max_epochs=1).fit(module_of(bad_samples="skip"), nothing)
 
 
+class Centred(nn.Sequential):
+    """Its output for a sample depends on the others of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0))
+
+
+@pytest.mark.parametrize("settings", [{}, {"recipe": "paper"}, {"init": "random", "swap_every": 0, "revive_every": 2}])
+def test_a_target_that_mixes_samples_is_refused_however_it_starts(tmp_path: Path, settings: dict[str, Any]) -> None:
+    module = module_of(Centred(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 5)), **settings)
+    with pytest.raises(L3DError, match="must keep samples apart"):
+        trainer_of(tmp_path).fit(module, data_of())
+
+
 def test_a_compiled_target_is_decomposed_as_itself_and_a_compiled_l3d_refused(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"swap_every": 0, "reference": "mean"}
     found = []

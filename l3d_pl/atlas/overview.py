@@ -186,9 +186,6 @@ def _curves(metrics: Path) -> dict[str, Any]:
             for name, values in wanted.items()
             if name.startswith("train/loss/")
         },
-        "held_out": {
-            name.removeprefix("val/loss/"): values for name, values in wanted.items() if name.startswith("val/loss/")
-        },
         "dead": wanted.get("train/dead_fraction"),
         "p_act": {name.rsplit("/", 1)[1]: wanted[name] for name in spread},
         "n_p_act": len(activities),
@@ -196,12 +193,11 @@ def _curves(metrics: Path) -> dict[str, Any]:
 
 
 def _tensor_losses(curves: Mapping[str, Any]) -> tuple[dict[str, float], str]:
-    """Each tensor's loss as logged last, and on what: held-out data where that was measured, else a training batch."""
-    for kind, what in (("held_out", "held-out samples, step"), ("tensors", "training batch at step")):
-        if found := curves.get(kind):
-            step = max(steps[-1] for steps, _ in found.values())
-            return {name: values[-1] for name, (_, values) in found.items()}, f"{what} {step:,.0f}"
-    return {}, ""
+    """Each tensor's loss as logged last, and on what."""
+    if not (found := curves.get("tensors")):
+        return {}, ""
+    step = max(steps[-1] for steps, _ in found.values())
+    return {name: values[-1] for name, (_, values) in found.items()}, f"training batch at step {step:,.0f}"
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[list[float], list[float]]:
